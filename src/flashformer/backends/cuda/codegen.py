@@ -1,0 +1,300 @@
+"""Plan -> the source of one kernel: shapes as `constexpr` structs, then the story of a token as calls into the headers.
+
+Strings instantiate, headers compute. What the host and the kernel must agree on (parameters, stage numbers, places in the
+exchange memory and in the vector memory) is decided here once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import PlanError
+from ...fuse import Rows
+from ...plan import COLUMN_HEADS, Plan, Stage, ceil_div, round_up
+
+HEADERS = Path(__file__).parent
+OPERATORS = HEADERS.parent.parent / "ops"
+SLOT_BYTES = 16384  # of the ring: the largest chunk, and one KV block of 256 dims
+FLAG_ALIGNMENT = 16  # words: vectors in the exchange memory begin on a 128-byte line
+STREAM = "weight stream"  # where a waiting producer stands
+TILE_BITS = 12  # a tile range is packed as first << TILE_BITS | count
+
+# The kernel's parameters: (name, C++ type, ctypes type, what it is).
+PARAMETERS: tuple[tuple[str, str, type, str], ...] = (
+    ("tape", "const u8*", ctypes.c_uint64, "all blocks' weights"),
+    ("table", "const uint2*", ctypes.c_uint64, "[workers][table_stride] (offset / 512, bytes); bytes 0: (layer, KV cache)"),
+    ("table_length", "const u32*", ctypes.c_uint64, "[workers]"),
+    ("head_start", "const u32*", ctypes.c_uint64, "[workers] first entry of the head"),
+    ("tiles", "const u32*", ctypes.c_uint64, "[tile words][workers] first << 12 | count"),
+    ("vectors", "const float*", ctypes.c_uint64, "norm weights and biases"),
+    ("embedding", "const u16*", ctypes.c_uint64, "[vocab][hidden]"),
+    ("rope", "const float2*", ctypes.c_uint64, "[positions][head_dim / 2] (cos, sin)"),
+    ("kv", "u8*", ctypes.c_uint64, "[layers][kv heads][kv_blocks] blocks"),
+    ("exchange", "u64*", ctypes.c_uint64, "words of all buffers"),
+    ("logits", "float*", ctypes.c_uint64, "[steps][vocab], or null"),
+    ("forced", "const u32*", ctypes.c_uint64, "[forced_count] the prompt"),
+    ("stop", "const u32*", ctypes.c_uint64, "[stop_count] tokens that end the launch"),
+    ("tokens", "u64*", ctypes.c_uint64, "host: (token, run) as they are made"),
+    ("cancel", "const u32*", ctypes.c_uint64, "host: nonzero ends the launch after the present token"),
+    ("status", "u32*", ctypes.c_uint64, "[2] where a wait gave up, and its block"),
+    ("table_stride", "u32", ctypes.c_uint32, ""),
+    ("kv_blocks", "u32", ctypes.c_uint32, "per layer and head"),
+    ("start", "u32", ctypes.c_uint32, "position of the first token"),
+    ("forced_count", "u32", ctypes.c_uint32, ""),
+    ("stop_count", "u32", ctypes.c_uint32, ""),
+    ("steps", "u32", ctypes.c_uint32, "tokens of this launch, at most"),
+    ("epoch", "u32", ctypes.c_uint32, "tokens ever made, plus one"),
+    ("run", "u32", ctypes.c_uint32, "number of this launch: marks its tokens"),
+)
+
+
+class Params(ctypes.Structure):
+    """The kernel's one argument, laid out as the generated struct."""
+
+    _fields_ = [(name, kind) for name, _, kind, _ in PARAMETERS]  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Where norm weights and biases lie in the vector memory, in floats. Layer l's begin at l * layer_size."""
+
+    layer_size: int
+    bias: dict[str, int]  # stage name -> offset in its layer
+    gamma: dict[str, int]  # stage name -> offset in its layer of the weight that its output is multiplied by
+    query_norm: int
+    key_norm: int
+    embed_gamma: int  # absolute
+    size: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A generated kernel and what the host needs to run it."""
+
+    text: str
+    stage_names: tuple[str, ...]  # by the number that a stuck kernel reports
+    vectors: Vectors
+    exchange_words: int
+    tile_words: int
+
+
+def pieces(plan: Plan) -> int:
+    """Most heads of which one block holds a part in attention."""
+    return ceil_div(plan.kv.virtual_heads, plan.target.workers) + 1
+
+
+def piece_words(plan: Plan) -> int:
+    """Words of one partial result: [8 heads][head_pad] outputs, then [8 heads] (maximum, sum)."""
+    return COLUMN_HEADS * (plan.kv.head_pad + 2)
+
+
+def place_buffers(plan: Plan) -> tuple[dict[str, int], dict[str, int], int]:
+    """Offsets of every buffer and of every moment in the exchange memory, and its size, in words of 8 bytes."""
+    buffers: dict[str, int] = {}
+    moments: dict[str, int] = {}
+    total = 0
+
+    def take(words: int) -> int:
+        nonlocal total
+        at = total
+        total += round_up(words, FLAG_ALIGNMENT)
+        return at
+
+    for b in plan.buffers:
+        if b.kind == "token":
+            words = 2 * 2 * plan.target.workers
+        elif b.name == "partials":
+            words = plan.target.workers * pieces(plan) * piece_words(plan)
+        else:
+            values = round_up(b.values, plan.target.tile_rows)
+            words = values if b.kind == "float" else values // 2
+        buffers[b.name] = take(words)
+        if b.moment:
+            moments[b.name] = take(plan.target.workers)
+    return buffers, moments, total
+
+
+def place_vectors(plan: Plan) -> Vectors:
+    """Lay out norm weights and biases; vectors of a stage are padded to its tiles."""
+    bias: dict[str, int] = {}
+    gamma: dict[str, int] = {}
+    size = 0
+    for stage in plan.layer_stages(0):
+        if stage.linear is None:
+            continue
+        length = stage.tiles * plan.target.tile_rows
+        if any(b.bias for b in stage.linear.blocks):
+            bias[stage.name] = size
+            size += length
+        if stage.publish_gamma:
+            gamma[stage.name] = size
+            size += length
+    query_norm = key_norm = size
+    if plan.config.qk_norm:
+        key_norm = query_norm + plan.kv.head_dim
+        size = key_norm + plan.kv.head_dim
+    total = size * plan.config.num_layers
+    return Vectors(size, bias, gamma, query_norm, key_norm, total, total + round_up(plan.config.hidden_size, plan.target.tile_rows))
+
+
+def generate(plan: Plan) -> Source:
+    """The kernel's source text. Raises PlanError where a plan exceeds what the kernel's number formats hold."""
+    c, t, kv = plan.config, plan.target, plan.kv
+    buffers, moments, exchange_words = place_buffers(plan)
+    vectors = place_vectors(plan)
+    embed = plan.stages[0]
+    body = plan.layer_stages(0)
+    head = next(s for s in plan.stages if s.name == "head")
+    combine = next(s for s in body if s.kind == "combine")
+    names = (STREAM, *(s.name for s in (embed, *body, head)), "token")
+    words = 3 + 2 * c.num_layers
+    for stage in plan.stages:
+        if stage.count and (max(stage.count) >= 1 << TILE_BITS or stage.tiles >= 1 << (32 - TILE_BITS)):
+            raise PlanError(f"{stage.name}: {max(stage.count)} tiles are too many for one of {t.workers} blocks")
+
+    model: list[tuple[str, str, object]] = [
+        ("int", "kLayers", c.num_layers),
+        ("int", "kHidden", c.hidden_size),
+        ("u32", "kVocab", c.vocab_size),
+        ("int", "kHeads", c.num_heads),
+        ("int", "kKvHeads", kv.heads),
+        ("int", "kHeadDim", kv.head_dim),
+        ("int", "kHeadPad", kv.head_pad),
+        ("int", "kGroup", kv.group),
+        ("int", "kVirtualHeads", kv.virtual_heads),
+        ("int", "kVirtualGroup", kv.virtual_group),
+        ("int", "kVirtualSplits", kv.virtual_heads // kv.heads),
+        ("bool", "kHeadNorm", c.qk_norm),
+        ("float", "kHeadEps", c.norm_eps),
+        ("float", "kScoreScale", math.log2(math.e) / math.sqrt(c.head_dim)),
+        ("int", "kQueryNorm", vectors.query_norm),
+        ("int", "kKeyNorm", vectors.key_norm),
+        ("int", "kLayerVectors", vectors.layer_size),
+        ("u32", "kWorkers", t.workers),
+        ("int", "kOwnedTiles", max(embed.count)),
+        ("u32", "kOwners", sum(c > 0 for c in embed.count)),
+        ("int", "kTileWords", words),
+        ("int", "kPieces", pieces(plan)),
+        ("int", "kPieceWords", piece_words(plan)),
+        ("u32", "kKvBlockBytes", kv.block_bytes),
+        ("u32", "kKvChunkBlocks", min(SLOT_BYTES // kv.block_bytes, 16)),
+        ("u32", "kKvMinBlocks", t.kv_min_blocks),
+        ("int", "kFinishers", t.finisher_warps),
+        ("int", "kThreads", t.threads),
+        ("int", "kConsumerRegisters", t.consumer_registers),
+        ("int", "kOtherRegisters", t.other_registers),
+        ("bool", "kBulkCopy", t.bulk_copy),
+        ("int", "kSharedBytes", t.shared_bytes),
+        ("u32", "kSlotBytes", SLOT_BYTES),
+        ("u32", "kWindowLow", t.window_low),
+        ("u32", "kWindowHigh", t.window_high),
+        ("u32", "kWindowThreshold", t.window_threshold),
+        ("u32", "kPrefetchChunks", t.prefetch_chunks),
+        ("int", "kPrefetchCycles", t.prefetch_cycles),
+        ("int", "kRepollCycles", t.repoll_cycles),
+        ("int", "kCombineRepoll", t.combine_repoll_cycles),
+        ("u32", "kStreamWhere", names.index(STREAM)),
+        ("u32", "kTokenWhere", names.index("token")),
+    ]
+    value = "Float16" if c.dtype == "float16" else "Bfloat16"
+    text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated; see the headers for what it does."]
+    text.append('#include "prelude.cuh"\n')
+    text.append("struct Params {")
+    text += [f"  {kind} {name};{'  // ' + note if note else ''}" for name, kind, _, note in PARAMETERS]
+    text.append("};\n")
+    text.append('#include "kernel.cuh"\n')
+    text.append("struct Model {")
+    text.append(f"  using Value = {value};")
+    text += [f"  static constexpr {kind} {name} = {_literal(v)};" for kind, name, v in model]
+    text.append("};\n")
+
+    def struct(stage: Stage, tile_word: str = "") -> None:
+        text.append(f"struct {_camel(stage.name)} {{")
+        facts: list[tuple[str, str, object]] = [("u32", "kWhere", names.index(stage.name))]
+        if stage.linear and stage.geometry:
+            g = stage.geometry
+            facts += [
+                ("int", "kColumns", round_up(stage.linear.columns, 4)),
+                ("int", "kWarpsColumns", g.warps_columns),
+                ("int", "kWarpsRows", g.warps_rows),
+                ("int", "kFragments", g.fragments),
+                ("int", "kParts", g.parts),
+                ("bool", "kNorm", stage.linear.eps > 0),
+                ("float", "kEps", stage.linear.eps),
+                ("int", "kMomentIn", moments.get(stage.reads[0], 0)),
+                ("int", "kBias", vectors.bias.get(stage.name, -1) if stage.layer >= 0 else -1),
+                ("bool", "kNextLayer", stage.name == "down"),
+            ]
+            text.append(f"  static constexpr Epilogue kEpilogue = Epilogue::k{stage.linear.epilogue.capitalize()};")
+            text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
+        if stage.kind == "combine":
+            text.append("  using Source = Attention;")
+        gamma = vectors.embed_gamma if stage.kind == "embed" else vectors.gamma.get(stage.name, -1)
+        if stage.publish_gamma:
+            facts += [("int", "kGamma", gamma), ("int", "kMomentOut", moments[stage.writes])]
+        else:
+            facts += [("int", "kGamma", 0), ("int", "kMomentOut", 0)]
+        if stage.reads and stage.reads[0] in buffers:
+            facts.append(("int", "kInput", buffers[stage.reads[0]]))
+        facts.append(("int", "kOutput", buffers[stage.writes]))
+        text.extend(f"  static constexpr {kind} {name} = {_literal(v)};" for kind, name, v in facts)
+        text.append("};\n")
+
+    text.append("namespace stage {")
+    struct(embed)
+    tile_words = {"qkv": "2 + 2 * layer", "gate_up": "3 + 2 * layer"}
+    for stage in body:
+        struct(stage, tile_words.get(stage.name, "0"))
+    struct(head, "2 + 2 * layer")
+    text.append("struct Token {")
+    text.append(f"  static constexpr u32 kWhere = {names.index('token')};")
+    text.append(f"  static constexpr int kOutput = {buffers['token']};")
+    text.append("};\n}  // namespace stage\n")
+    assert combine.writes in buffers
+
+    calls = {"linear": "Linear", "attention": "Attention", "combine": "Combine"}
+    text.append("// One token, as every role walks it.\nstruct Story {")
+    text.append("  template <class Role>\n  static FF_DEVICE void token(Role& role, u32 step) {")
+    text.append("    Embed<Model, stage::Embed>::run(role, step);")
+    text.append("#pragma unroll 1\n    for (u32 layer = 0; layer < Model::kLayers; layer++) {")
+    text += [f"      {calls[s.kind]}<Model, stage::{_camel(s.name)}>::run(role, step, layer);" for s in body]
+    text.append("    }")
+    text.append("    if (role.wants_head(step)) Linear<Model, stage::Head>::run(role, step, Model::kLayers);")
+    text.append("    Argmax<Model, stage::Token>::run(role, step);")
+    text.append("  }\n};\n")
+    text.append(f'extern "C" __global__ void __launch_bounds__({t.threads}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
+    text.append("  decode<Model, Story>(p);\n}")
+    return Source("\n".join(text) + "\n", names, vectors, exchange_words, words)
+
+
+def include_paths() -> list[Path]:
+    """Folders that the generated source includes from."""
+    return [HEADERS, OPERATORS]
+
+
+def headers() -> dict[str, str]:
+    """Every header's text by its path in the package: all of them belong to a kernel's cache key."""
+    root = HEADERS.parent.parent
+    return {str(p.relative_to(root)): p.read_text() for folder in (HEADERS, OPERATORS) for p in sorted(folder.glob("*.cuh"))}
+
+
+def row_places(rows: Rows, base: int) -> tuple[int, int, int]:
+    """(first row of the stage, group, stride) of a weight's rows: row r goes to base + r // group * stride + r % group."""
+    return base, rows.group, rows.stride
+
+
+def _camel(name: str) -> str:
+    """attention_output -> AttentionOutput."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _literal(value: object) -> str:
+    """A C++ literal."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value!r}f" if "." in repr(value) else f"{value:.9e}f"
+    return str(value)

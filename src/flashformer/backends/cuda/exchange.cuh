@@ -1,0 +1,67 @@
+// Exchanges: how a vector gets from all blocks to all blocks without a barrier.
+//
+// A word is 8 bytes: 4 of payload and a 4-byte tag that says which version it is; it is written and read as one access, so a
+// word whose tag is right is complete. A reader polls exactly the words that it needs. Tags never repeat, so nothing is reset.
+//
+// NOTE: early polls slow everybody down. Each reader looks once at once, then only after a delay.
+#pragma once
+#include "prelude.cuh"
+
+struct Word {
+  u32 value, tag;
+};
+
+FF_DEVICE Word split(u64 w) { return {(u32)w, (u32)(w >> 32)}; }
+FF_DEVICE u64 join(u32 value, u32 tag) { return (u64)tag << 32 | value; }
+
+FF_DEVICE u64 load_word(const u64* p) {
+  u64 v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+FF_DEVICE void load_words(const u64* p, u64& a, u64& b) {  // each of the two is atomic for itself
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
+}
+FF_DEVICE void store_word(u64* p, u32 value, u32 tag) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(join(value, tag)) : "memory");
+}
+FF_DEVICE void store_words(u64* p, u32 a, u32 b, u32 tag) {
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1,%2};" ::"l"(p), "l"(join(a, tag)), "l"(join(b, tag)) : "memory");
+}
+
+// Every wait in the kernel is bounded. Whoever waits too long writes where it stood, once, and raises `stopped` for all; from
+// then on every wait gives up at once and the kernel unwinds through its ordinary control flow.
+struct Watch {
+  const Params& p;
+  u32 where;  // stage << 16 | layer, of the stage that this warp is in
+};
+
+// One wait: begins when it is made. 32-bit clocks: registers are dear in every role.
+struct Wait {
+  static constexpr u32 kGlance = 20000;     // cycles before a wait looks at `status`, and between looks
+  static constexpr u32 kPatience = 300000;  // glances: some three seconds
+  u32 start = clock32(), glances = 0;
+
+  FF_DEVICE u32 waited() const { return clock32() - start; }
+  // Called from a wait loop; true: give up.
+  FF_DEVICE bool expired(const Watch& watch) {
+    if (waited() < kGlance) return false;
+    start = clock32();
+    if (load_volatile(watch.p.status) != 0) return true;
+    if (++glances < kPatience) return false;
+    if (atomicCAS(watch.p.status, 0u, watch.where + 1) == 0) watch.p.status[1] = blockIdx.x;
+    return true;
+  }
+  FF_DEVICE void at_least(u32 cycles) const {
+    while (waited() < cycles) {
+    }
+  }
+};
+
+FF_DEVICE void barrier_wait(u32 bar, u32 parity, const Watch& watch) {
+  if (barrier_try(bar, parity)) return;
+  Wait wait;
+#pragma unroll 1
+  while (!barrier_try(bar, parity))
+    if (wait.expired(watch)) return;
+}

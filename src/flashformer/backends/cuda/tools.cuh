@@ -1,0 +1,162 @@
+// Kernels around the model's own: packing weights into the tapes, random weights for benchmarks, and the plain read that
+// tells what this device's memory can do.
+#pragma once
+#include "prelude.cuh"
+
+enum SourceType { kFromBfloat16 = 0, kFromFloat16 = 1, kFromFloat32 = 2 };
+
+FF_DEVICE float load_source(const void* source, u64 index, u32 type) {
+  if (type == kFromFloat32) return ((const float*)source)[index];
+  const u16 v = ((const u16*)source)[index];
+  return type == kFromFloat16 ? Float16::unpack(v) : Bfloat16::unpack(v);
+}
+
+FF_DEVICE bool finite(float x) { return fabsf(x) <= 3.4e38f; }
+
+// Two source values as the kernel wants them. 16-bit values of the right kind pass through untouched.
+template <class T>
+FF_DEVICE u32 convert_pair(const void* source, u64 index, u32 columns, u32 type, u32* strange) {
+  const float a = load_source(source, index, type), b = columns > 1 ? load_source(source, index + 1, type) : 0;
+  if (!finite(a) || !finite(b)) atomicOr(strange, 1u);
+  return T::pack(a, b);
+}
+
+// One weight's place on the tapes; see linear.cuh for fragments, pack.py for the fields.
+struct PackJob {
+  const void* source;      // [rows][columns], rows first_row.. of the weight
+  u8* tape;
+  const u64* tile_offset;  // [tiles][parts] bytes
+  u32* strange;            // set where a value is not finite
+  u32 type, half_type, first_row, rows, columns;
+  u32 row_base, row_group, row_stride;  // row r of the weight is row base + r / group * stride + r % group of the stage
+  u32 column_group, column_stride;      // the same for columns
+  int half;                             // of an interleaved stage: 0 gate, 1 up; -1: not interleaved
+  u32 warps_columns, fragments, parts;
+};
+
+// Thread: one lane's 16 bytes of a fragment, which belong to one row of the weight.
+template <class T>
+FF_DEVICE void pack(const PackJob& j) {
+  const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  const u32 lane = thread & 31, total = j.warps_columns * j.fragments;
+  const u32 fragment = (u32)(thread / 32 % total), local = (u32)(thread / 32 / total) * 8 + lane / 4;
+  if (local >= j.rows) return;
+  const u32 row = j.first_row + local;
+  u32 tile, in_tile;
+  if (j.half >= 0) {
+    tile = row / 4;
+    in_tile = row % 4 + 4 * j.half;
+  } else {
+    const u32 at = j.row_base + row / j.row_group * j.row_stride + row % j.row_group;
+    tile = at / 8;
+    in_tile = at % 8;
+  }
+  const u32 warp = fragment / j.fragments, f = fragment % j.fragments;
+  const u32 small = j.fragments / j.parts, large = j.fragments % j.parts;  // `large` parts have one fragment more
+  u32 part, in_part, size;
+  if (f < large * (small + 1)) {
+    size = small + 1;
+    part = f / size;
+    in_part = f % size;
+  } else {
+    size = small;
+    part = large + (f - large * (small + 1)) / size;
+    in_part = (f - large * (small + 1)) % size;
+  }
+  u32 v[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u32 at = fragment * 32 + (lane & 3) * 4 + (i & 1) * 16 + (i >> 1) * 2;  // column of the stage
+    u32 columns = 0, from = 0;
+    const u32 group = at / j.column_stride, in_group = at % j.column_stride;
+    if (in_group < j.column_group) {
+      from = group * j.column_group + in_group;
+      if (from < j.columns) columns = in_group + 1 < j.column_group && from + 1 < j.columns ? 2 : 1;
+    }
+    v[i] = columns ? convert_pair<T>(j.source, (u64)local * j.columns + from, columns, j.type, j.strange) : 0;
+  }
+  u8* to = j.tape + j.tile_offset[tile * j.parts + part] + (u64)(warp * size + in_part) * 512 + (in_tile * 4 + (lane & 3)) * 16;
+  *(uint4*)to = make_uint4(v[0], v[1], v[2], v[3]);
+}
+
+extern "C" __global__ void flashformer_pack(const __grid_constant__ PackJob job) {
+  if (job.half_type) pack<Float16>(job);
+  else pack<Bfloat16>(job);
+}
+
+// Source values -> 16-bit values of the kernel, two a thread.
+extern "C" __global__ void flashformer_convert(const void* source, u32* to, u64 pairs, u32 type, u32 half_type, u32* strange) {
+  const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < pairs) to[i] = half_type ? convert_pair<Float16>(source, 2 * i, 2, type, strange) : convert_pair<Bfloat16>(source, 2 * i, 2, type, strange);
+}
+
+// Random bf16 values, uniform in [-scale, scale): a counter through an integer hash, so any part can be made alone.
+extern "C" __global__ void flashformer_random(u32* to, u64 pairs, u64 first, u32 seed, float scale) {
+  const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= pairs) return;
+  auto draw = [&](u64 n) {
+    u32 h = (u32)n * 0x9E3779B1u ^ (u32)(n >> 32) * 0x85EBCA77u ^ seed;
+    h ^= h >> 16;
+    h *= 0x7feb352du;
+    h ^= h >> 15;
+    h *= 0x846ca68bu;
+    h ^= h >> 16;
+    return ((int)(h >> 8) - (1 << 23)) * (scale / (1 << 23));
+  };
+  to[i] = Bfloat16::pack(draw(2 * (first + i)), draw(2 * (first + i) + 1));
+}
+
+// A plain read of `bytes` by vector loads: every block takes every gridDim.x-th piece of 32 KB.
+extern "C" __global__ void __launch_bounds__(512) flashformer_read(const uint4* from, u64 bytes, u32* sink) {
+  constexpr u32 kPiece = 2048;  // uint4
+  u32 all = 0;
+  for (u64 piece = blockIdx.x; (piece + 1) * kPiece * 16 <= bytes; piece += gridDim.x) {
+    uint4 v[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint4* p = from + piece * kPiece + i * 512 + threadIdx.x;
+      asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v[i].x), "=r"(v[i].y), "=r"(v[i].z), "=r"(v[i].w) : "l"(p));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) all ^= v[i].x ^ v[i].y ^ v[i].z ^ v[i].w;
+  }
+  if (all == 0x12345678u) *sink = all;
+}
+
+// The same by the copy engine, a ring of 8 x 16 KB a block, as the model's kernel reads.
+extern "C" __global__ void __launch_bounds__(160) flashformer_read_bulk(const u8* from, u64 bytes, u32* sink) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) u8 memory[];
+  __shared__ u64 barriers[16];
+  constexpr u32 kChunk = 16384, kSlots = 8;
+  const u32 ring = shared_address(memory), full = shared_address(barriers), empty = full + kSlots * 8, t = threadIdx.x;
+  const u64 count = bytes / kChunk / gridDim.x;
+  if (t == 0) {
+    for (u32 s = 0; s < kSlots; s++) {
+      barrier_init(full + s * 8, 1);
+      barrier_init(empty + s * 8, 4);
+    }
+    fence_copy_engine();
+  }
+  __syncthreads();
+  if (t == 128) {
+    for (u64 i = 0; i < count; i++) {
+      const u32 s = i % kSlots;
+      while (!barrier_try(empty + s * 8, (i / kSlots & 1) ^ 1)) {
+      }
+      bulk_copy(ring + s * kChunk, from + (i * gridDim.x + blockIdx.x) * kChunk, kChunk, full + s * 8);
+    }
+  } else if (t < 128) {
+    u32 all = 0;
+    for (u64 i = 0; i < count; i++) {
+      const u32 s = i % kSlots;
+      while (!barrier_try(full + s * 8, i / kSlots & 1)) {
+      }
+      all ^= load_shared(ring + s * kChunk + t * 4);
+      __syncwarp();
+      if ((t & 31) == 0) barrier_arrive(empty + s * 8);
+    }
+    if (all == 0x12345678u) *sink = all;
+  }
+#endif
+}

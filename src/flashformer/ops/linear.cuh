@@ -1,0 +1,267 @@
+// A linear stage: y = W x, and what is folded into it (RMSNorm scale, bias, SwiGLU, residual, greedy candidate).
+//
+// A tile is 8 rows. A fragment is 8 rows x 32 columns: one A operand (16 x 16) whose rows 0-7 are the tile at one step of 16
+// columns and whose rows 8-15 are the same tile at the next step. x is the B operand: column n holds step n of a slice of 128,
+// so that x costs two registers a lane for 128 values, and a row's sum is what lands on the diagonal.
+#pragma once
+#include "roles.cuh"
+
+enum class Epilogue { kStore, kSwiglu, kResidual, kLogits };
+
+// Fragments of one warp in part `part` of a tile; Python: Geometry.part_sizes.
+FF_DEVICE constexpr int part_size(int fragments, int parts, int part) { return fragments / parts + (part < fragments % parts ? 1 : 0); }
+
+// This warp's columns of x as B operands. Lane (g, t) of slice c holds x[128 c + 16 g + 4 t ...+3].
+template <class S>
+struct Operand {
+  static constexpr int kSlices = ceil_div(S::kFragments, 4);
+  static constexpr int kWarpColumns = S::kFragments * 32;
+  static constexpr bool kWhole = S::kColumns == S::kWarpsColumns * kWarpColumns && S::kFragments % 4 == 0;
+  u32 value[kSlices][2];
+
+  // Poll for this warp's part of the input vector, straight into the registers that multiply it.
+  template <class C>
+  FF_DEVICE void gather(const C& c, u32 tag) {
+    constexpr int kBatch = kSlices > 8 ? 7 : kSlices;  // loads in flight a lane
+    const u32 first = (c.warp % S::kWarpsColumns) * kWarpColumns + c.lane * 4;
+    const u64* words = c.words(S::kInput) + first / 2;
+    Wait wait;
+    auto exists = [&](int slice) { return kWhole || (slice * 128 + (int)c.lane * 4 < kWarpColumns && first + slice * 128 < S::kColumns); };
+    u32 missing = 0;  // one bit a slice
+#pragma unroll
+    for (int b = 0; b < kSlices; b += kBatch) {
+      u64 w[kBatch][2];
+#pragma unroll
+      for (int i = 0; i < kBatch; i++)
+        if (b + i < kSlices && exists(b + i)) load_words(words + (b + i) * 64, w[i][0], w[i][1]);
+#pragma unroll
+      for (int i = 0; i < kBatch; i++)
+        if (b + i < kSlices) {
+          const bool here = exists(b + i);
+          const Word lo = split(w[i][0]), hi = split(w[i][1]);
+          value[b + i][0] = here ? lo.value : 0;
+          value[b + i][1] = here ? hi.value : 0;
+          if (here && (lo.tag != tag || hi.tag != tag)) missing |= 1u << (b + i);
+        }
+    }
+    if (__any_sync(kAllLanes, missing != 0)) {
+      wait.at_least(C::kRepoll);
+      while (missing) {
+#pragma unroll
+        for (int b = 0; b < kSlices; b += kBatch) {
+          u64 w[kBatch][2];
+#pragma unroll
+          for (int i = 0; i < kBatch; i++)
+            if (b + i < kSlices && (missing >> (b + i) & 1)) load_words(words + (b + i) * 64, w[i][0], w[i][1]);
+#pragma unroll
+          for (int i = 0; i < kBatch; i++)
+            if (b + i < kSlices && (missing >> (b + i) & 1)) {
+              const Word lo = split(w[i][0]), hi = split(w[i][1]);
+              if (lo.tag == tag && hi.tag == tag) {
+                value[b + i][0] = lo.value;
+                value[b + i][1] = hi.value;
+                missing &= ~(1u << (b + i));
+              }
+            }
+        }
+        if (missing && wait.expired(c.watch)) break;
+      }
+    }
+    __syncwarp();
+  }
+};
+
+// The scale of an RMSNorm from the blocks' sums of squares. They arrive with the vector itself: a first look is taken before
+// the tile is waited for, the rest after it.
+template <class M, class S>
+struct Moments {
+  static constexpr int kWords = ceil_div(M::kOwners, 32);
+  float sum[kWords];
+  u32 missing = 0;  // one bit a word
+
+  FF_DEVICE void look(const Finisher<M>& f, u32 tag) {
+#pragma unroll
+    for (int i = 0; i < kWords; i++) {
+      const bool needed = f.lane + i * 32 < M::kOwners;
+      const Word w = split(needed ? load_word(f.words(S::kMomentIn) + f.lane + i * 32) : join(0, tag));
+      sum[i] = __uint_as_float(w.value);
+      if (w.tag != tag) missing |= 1u << i;
+    }
+  }
+  FF_DEVICE float scale(const Finisher<M>& f, u32 tag) {
+    Wait wait;
+    while (missing && !wait.expired(f.watch)) {
+#pragma unroll
+      for (int i = 0; i < kWords; i++)
+        if (missing >> i & 1) {
+          const Word w = split(load_word(f.words(S::kMomentIn) + f.lane + i * 32));
+          sum[i] = __uint_as_float(w.value);
+          if (w.tag == tag) missing &= ~(1u << i);
+        }
+    }
+    __syncwarp();
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; i++) total += sum[i];
+#pragma unroll
+    for (int o = 16; o; o >>= 1) total += __shfl_xor_sync(kAllLanes, total, o);
+    return rsqrtf(total / M::kHidden + S::kEps);
+  }
+};
+
+template <class M, class S>
+struct Linear {
+  using T = typename M::Value;
+  using L = Layout<M>;
+
+  static FF_DEVICE void run(Producer<M>&, u32, u32) {}  // the tape already says it all
+
+  static FF_DEVICE void run(Consumer<M>& c, u32 step, u32 layer) {
+    c.enter(S::kWhere, layer);
+    const u32 tiles = c.tiles(S::tile_word(layer)).y;
+    if (tiles == 0) return;
+    Operand<S> x;
+    x.gather(c, c.tag(step, layer));
+    const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
+    const u32 row = c.warp / S::kWarpsColumns;
+    u32 octet = c.lane >> 3;
+#pragma unroll 1
+    for (u32 group = 0; group < groups; group++) {
+      const bool present = S::kWarpsRows == 1 || group * S::kWarpsRows + row < tiles;
+      float d[2][4] = {};
+      if constexpr (S::kFragments > 16) asm volatile("" : "+r"(octet));  // keep masks in the loop: hoisted, they would spill
+      multiply<0, 0>(c, x, d, octet, present);
+      c.hand_over(group, (d[0][0] + d[0][3]) + (d[1][0] + d[1][3]));
+    }
+  }
+
+  static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
+    f.enter(S::kWhere, layer);
+    const uint2 tiles = f.tiles(S::tile_word(layer));
+    const u32 groups = (tiles.y + S::kWarpsRows - 1) / S::kWarpsRows;
+    const u32 tag = f.tag(step, layer);
+    const u32 out_tag = S::kNextLayer ? tag + 1 : tag;
+    float scale = 1, moment = 0;
+    bool first = true;
+#pragma unroll 1
+    for (u32 group = f.index; group < groups; group += M::kFinishers) {
+      Moments<M, S> norm;
+      if (S::kNorm && first) norm.look(f, tag);
+      // Which tile and row this lane finishes: after the sums below, the octets of the warp hold up to four tiles of a pass.
+      constexpr int kPasses = S::kWarpsColumns == 1 ? 2 : 1;
+      const u32 octet = f.lane >> 3, row = f.lane & 7;
+      u32 tile[kPasses];
+      float bias[kPasses], gamma[kPasses];
+      bool mine[kPasses];
+#pragma unroll
+      for (int pass = 0; pass < kPasses; pass++) {
+        const u32 in_group = S::kWarpsColumns == 8   ? 0
+                             : S::kWarpsColumns == 4 ? octet & 1
+                             : S::kWarpsColumns == 2 ? (octet >> 1) + 2 * (octet & 1)
+                                                     : octet + 4 * pass;
+        const u32 local = group * S::kWarpsRows + in_group;
+        tile[pass] = tiles.x + local;
+        mine[pass] = local < tiles.y && octet < (S::kWarpsRows < 4 ? S::kWarpsRows : 4);
+        const float* vectors = f.p.vectors + (u64)layer * M::kLayerVectors;
+        if (S::kBias >= 0) bias[pass] = mine[pass] ? __ldg(vectors + S::kBias + tile[pass] * 8 + row) : 0;
+        if (S::kEpilogue == Epilogue::kResidual) gamma[pass] = mine[pass] ? __ldg(vectors + S::kGamma + tile[pass] * 8 + row) : 0;
+      }
+      f.acquire();
+      const u32 from = f.shared + L::kReduction + f.buffer() * L::kReductionBytes + f.lane * 16;
+      const float4 a = load_shared_float4(from), b = load_shared_float4(from + 512);
+      f.release();
+      float v[kPasses];
+      sum_warps(v, a, b, octet);
+      if (S::kNorm && first) scale = norm.scale(f, tag);
+      first = false;
+#pragma unroll
+      for (int pass = 0; pass < kPasses; pass++) {
+        float y = v[pass] * scale;
+        if (S::kBias >= 0) y += bias[pass];
+        if constexpr (S::kEpilogue == Epilogue::kStore) {
+          if (mine[pass]) store_word(f.words(S::kOutput) + tile[pass] * 8 + row, __float_as_uint(y), out_tag);
+        } else if constexpr (S::kEpilogue == Epilogue::kSwiglu) {
+          const float up = __shfl_down_sync(kAllLanes, y, 4);
+          const float h = __fdividef(y, 1.f + __expf(-y)) * up;
+          publish_pairs(f, h, tile[pass] * 2, mine[pass] && row < 4, row, out_tag);
+        } else if constexpr (S::kEpilogue == Epilogue::kResidual) {
+          if (mine[pass]) {
+            const u32 at = f.residual(tile[pass] - tiles.x, row);
+            y += load_shared_float(at);
+            store_shared_float(at, y);
+            moment += y * y;
+          }
+          publish_pairs(f, y * gamma[pass], tile[pass] * 4, mine[pass], row, out_tag);
+        } else {
+          const u32 index = tile[pass] * 8 + row;
+          if (mine[pass] && index < M::kVocab) {
+            if (f.p.logits) f.p.logits[(u64)step * M::kVocab + index] = y;
+            if (y > f.best) {
+              f.best = y;
+              f.best_row = index;
+            }
+          }
+        }
+      }
+    }
+    if (S::kEpilogue == Epilogue::kResidual) f.publish_moment(moment, S::kMomentOut, out_tag, tiles);
+  }
+
+ private:
+  // Multiply part `part` of the group: its chunk's fragments are `first`... of this warp's x.
+  template <int part, int first>
+  static FF_DEVICE void multiply(Consumer<M>& c, const Operand<S>& x, float (&d)[2][4], u32 octet, bool present) {
+    if constexpr (part < S::kParts) {
+      constexpr int kSize = part_size(S::kFragments, S::kParts, part);
+      c.acquire();
+      uint4 a[kSize];
+      const u32 at = c.chunk_address() + c.warp * (kSize * 512) + c.lane * 16;
+      if (present) {
+#pragma unroll
+        for (int i = 0; i < kSize; i++) a[i] = load_shared4(at + i * 512);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSize; i++) a[i] = make_uint4(0, 0, 0, 0);
+      }
+      c.release();
+#pragma unroll
+      for (int i = 0; i < kSize; i++) {
+        constexpr int kAlign = 4;
+        const int slice = (first + i) / kAlign;
+        const bool on = octet == (first + i) % kAlign;  // columns 2p and 2p + 1 hold the steps of fragment p
+        mma<T>(d[i & 1], a[i], on ? x.value[slice][0] : 0, on ? x.value[slice][1] : 0);
+      }
+      multiply<part + 1, first + kSize>(c, x, d, octet, present);
+    }
+  }
+
+  // a and b are four lanes' values of (warp lane / 8 and + 4, row lane % 8); sum them over the warps that share a tile.
+  template <int kPasses>
+  static FF_DEVICE void sum_warps(float (&v)[kPasses], const float4& a, const float4& b, u32 octet) {
+    float low = (a.x + a.y) + (a.z + a.w), high = (b.x + b.y) + (b.z + b.w);
+    if constexpr (S::kWarpsColumns == 8) {
+      v[0] = low + high;
+      v[0] += __shfl_xor_sync(kAllLanes, v[0], 8);
+      v[0] += __shfl_xor_sync(kAllLanes, v[0], 16);
+    } else if constexpr (S::kWarpsColumns == 4) {
+      low += __shfl_xor_sync(kAllLanes, low, 8);
+      low += __shfl_xor_sync(kAllLanes, low, 16);
+      high += __shfl_xor_sync(kAllLanes, high, 8);
+      high += __shfl_xor_sync(kAllLanes, high, 16);
+      v[0] = octet & 1 ? high : low;
+    } else if constexpr (S::kWarpsColumns == 2) {
+      low += __shfl_xor_sync(kAllLanes, low, 8);
+      high += __shfl_xor_sync(kAllLanes, high, 8);
+      v[0] = octet & 1 ? high : low;
+    } else {
+      v[0] = low;
+      v[1] = high;
+    }
+  }
+
+  // Rows come in pairs: the even lane publishes both.
+  static FF_DEVICE void publish_pairs(Finisher<M>& f, float y, u32 word, bool mine, u32 row, u32 tag) {
+    const float next = __shfl_down_sync(kAllLanes, y, 1);
+    if (mine && !(row & 1)) store_word(f.words(S::kOutput) + word + row / 2, T::pack(y, next), tag);
+  }
+};

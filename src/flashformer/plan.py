@@ -1,0 +1,271 @@
+"""Graph + Target -> Plan: every decision about a kernel, as plain data.
+
+A *stage* is what runs between two exchanges. A linear stage's rows are cut into *tiles*; every worker (an SM's thread block, a
+CPU core) owns a run of them and reads their weights, stage after stage, as one long *tape* of chunks (see `tape.py`). A
+*buffer* is a vector that all workers write and all read: an exchange. The plan needs no device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from .config import ModelConfig
+from .errors import PlanError
+from .fuse import LinearSpec, StageSpec, fuse
+from .graph import Graph
+from .targets import Target
+
+PADDING = 0.01  # most of a tape that may be zero columns, where the shape allows it
+BLOCK_POSITIONS = 16  # positions in a block of the KV cache: the rows of one matrix instruction
+HEAD_MULTIPLE = 16  # a head's values are padded to this: the columns of one matrix instruction
+COLUMN_HEADS = 8  # query heads that one matrix instruction serves
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """a rounded up to a multiple of b."""
+    return ceil_div(a, b) * b
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the tiles of a linear stage are cut into fragments and shared by a worker's warps.
+
+    `warps_rows` tiles form a group and go through the worker together; within a tile, warp k of `warps_columns` owns the
+    columns [k * fragments, (k + 1) * fragments) * fragment_columns, read in `parts` nearly equal parts: one chunk each.
+    """
+
+    tile_rows: int
+    fragment_columns: int
+    warps_rows: int
+    warps_columns: int
+    fragments: int
+    parts: int
+
+    @property
+    def columns(self) -> int:
+        """Columns including the zero padding."""
+        return self.warps_columns * self.fragments * self.fragment_columns
+
+    @property
+    def fragment_bytes(self) -> int:
+        """Bytes of one fragment of 16-bit values."""
+        return self.tile_rows * self.fragment_columns * 2
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one tile on the tape."""
+        return self.warps_columns * self.fragments * self.fragment_bytes
+
+    def part_sizes(self) -> tuple[int, ...]:
+        """Fragments per warp in each part; the device computes the same in `part_size` (linear.cuh)."""
+        return tuple(self.fragments // self.parts + (i < self.fragments % self.parts) for i in range(self.parts))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A vector handed from all workers to all, and how it travels.
+
+    `half` is 16-bit values, `float` 32-bit ones; `moment` says that each worker adds the sum of squares of its part.
+    """
+
+    name: str
+    values: int
+    kind: Literal["half", "float", "token"]
+    moment: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a token. `first[w]` and `count[w]` are the tiles of worker w (empty: decided on the device, by length)."""
+
+    name: str  # "embed", "qkv", "attention", "combine", "attention_output", "gate_up", "down", "head", "token"
+    kind: Literal["embed", "linear", "attention", "combine", "token"]
+    layer: int
+    reads: tuple[str, ...]
+    writes: str
+    tiles: int = 0
+    first: tuple[int, ...] = ()
+    count: tuple[int, ...] = ()
+    linear: LinearSpec | None = None
+    geometry: Geometry | None = None
+    publish_gamma: str = ""  # norm weight that the values are multiplied by when they are handed on
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that this stage reads from the tapes, padding included."""
+        return self.tiles * self.geometry.tile_bytes if self.geometry else 0
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """The KV cache: per layer and kv head, blocks of 16 positions; first the keys, then the values of a block."""
+
+    heads: int
+    head_dim: int
+    head_pad: int  # head_dim padded for the matrix instruction
+    group: int  # query heads that share a kv head
+    virtual_heads: int  # kv heads after groups larger than 8 are split (each split reads the cache again)
+    virtual_group: int  # query heads of a virtual head
+    max_context: int
+    blocks: int  # per head
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block: keys and values of 16 positions of one head."""
+        return 2 * BLOCK_POSITIONS * self.head_pad * 2
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's cache."""
+        return self.heads * self.blocks * self.block_bytes
+
+    def bytes_read(self, context: int) -> int:
+        """KV bytes that one layer reads for a token with `context` positions before it (whole blocks not counted)."""
+        return 2 * self.heads * self.head_dim * 2 * context
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions for one model on one target with `target.workers` workers."""
+
+    config: ModelConfig
+    target: Target
+    max_context: int
+    buffers: tuple[Buffer, ...]
+    stages: tuple[Stage, ...]
+    kv: KvLayout
+    embedding: str = ""  # name of the embedding table
+    weights: frozenset[str] = field(default_factory=frozenset)  # every tensor the model reads
+
+    def buffer(self, name: str) -> Buffer:
+        """The buffer called `name`."""
+        return next(b for b in self.buffers if b.name == name)
+
+    def layer_stages(self, layer: int) -> tuple[Stage, ...]:
+        """The stages of one decoder layer, in order (-1: those before and after the layers)."""
+        return tuple(s for s in self.stages if s.layer == layer)
+
+    def weight_bytes(self) -> int:
+        """Weight bytes read per token from the model's point of view: no padding, the embedding only if tied."""
+        return sum(s.linear.rows_used * s.linear.columns_used * 2 for s in self.stages if s.linear)
+
+    def token_bytes(self, context: int) -> int:
+        """Bytes that a token must read with `context` positions before it: weights and KV cache."""
+        return self.weight_bytes() + self.config.num_layers * self.kv.bytes_read(context)
+
+
+def choose_geometry(target: Target, columns: int) -> Geometry:
+    """The widest split of the columns over warps whose padding stays under PADDING, else the one with the least.
+
+    More warps on a tile means fewer values of x per warp and a shorter first result.
+    """
+    needed = ceil_div(columns, target.fragment_columns)
+    options: list[tuple[float, int, int]] = []
+    split = target.warps
+    while split:
+        fragments = ceil_div(needed, split)
+        if fragments <= target.max_fragments:
+            options.append((split * fragments / needed - 1, split, fragments))
+        split //= 2
+    if not options:
+        raise PlanError(f"a matrix with {columns} columns is too wide for {target.name}")
+    _, split, fragments = next((o for o in options if o[0] <= PADDING), min(options))
+    return Geometry(
+        target.tile_rows, target.fragment_columns, target.warps // split, split, fragments, ceil_div(fragments, target.part_fragments)
+    )
+
+
+def spread(tiles: int, workers: int) -> list[int]:
+    """`tiles` over `workers` as evenly as whole tiles allow, the same every time: fixed owners."""
+    return [(w + 1) * tiles // workers - w * tiles // workers for w in range(workers)]
+
+
+def balance(tiles: int, workers: int, load: list[int]) -> list[int]:
+    """As `spread`, but the tiles left over go to the workers with the fewest bytes so far."""
+    count = [tiles // workers] * workers
+    for w in sorted(range(workers), key=lambda w: (load[w], w))[: tiles % workers]:
+        count[w] += 1
+    return count
+
+
+def prefix(count: list[int]) -> tuple[int, ...]:
+    """First tile of each worker."""
+    total, first = 0, []
+    for c in count:
+        first.append(total)
+        total += c
+    return tuple(first)
+
+
+def make_kv_layout(config: ModelConfig, max_context: int) -> KvLayout:
+    """The KV cache of a model for `max_context` positions."""
+    group = config.num_heads // config.num_kv_heads
+    splits = ceil_div(group, COLUMN_HEADS)
+    return KvLayout(
+        heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        head_pad=round_up(config.head_dim, HEAD_MULTIPLE),
+        group=group,
+        virtual_heads=config.num_kv_heads * splits,
+        virtual_group=ceil_div(group, splits),
+        max_context=max_context,
+        blocks=ceil_div(max_context, BLOCK_POSITIONS),
+    )
+
+
+def make_plan(config: ModelConfig, graph: Graph, target: Target, max_context: int | None = None, workers: int | None = None) -> Plan:
+    """Decide everything for `graph` on `target`.
+
+    max_context: positions that the KV cache holds (default: all that the model was made for).
+    workers: the device's real number of SMs or cores. Raises PlanError for a model that the target cannot hold.
+    """
+    if workers is not None:
+        if workers < 1:
+            raise PlanError(f"a plan needs at least one worker, not {workers}")
+        target = replace(target, workers=workers)
+    context = config.max_positions if max_context is None else max_context
+    if not 1 <= context <= config.max_positions:
+        raise PlanError(f"max_context is {context}; this model supports 1 to {config.max_positions} positions")
+    kv = make_kv_layout(config, context)
+    specs = fuse(graph, kv.head_pad)
+    load = [0] * target.workers
+    stages = tuple(_assign(spec, target, load) for spec in specs)
+    buffers: dict[str, Buffer] = {}
+    for spec in specs:
+        if spec.writes and spec.writes not in buffers:
+            values = {"partials": 0, "token": 1}.get(spec.writes, spec.values)
+            kind: Literal["half", "float", "token"] = "half"
+            if spec.writes in ("qkv", "partials"):
+                kind = "float"
+            elif spec.writes == "token":
+                kind = "token"
+            buffers[spec.writes] = Buffer(spec.writes, values, kind, moment=bool(spec.publish_gamma))
+    embedding = next(op.weights[0].name for op in graph.operators if op.kind == "embed")
+    return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, frozenset(graph.weights()))
+
+
+def _assign(spec: StageSpec, target: Target, load: list[int]) -> Stage:
+    """Give the tiles of one stage to the workers; `load` collects each worker's bytes."""
+    stage = Stage(spec.name, spec.kind, spec.layer, spec.reads, spec.writes, linear=spec.linear, publish_gamma=spec.publish_gamma)
+    if spec.kind in ("attention", "token"):
+        return stage
+    tiles = ceil_div(spec.values, target.tile_rows)
+    if spec.linear is None:
+        count = spread(tiles, target.workers)
+        return replace(stage, tiles=tiles, count=tuple(count), first=prefix(count))
+    geometry = choose_geometry(target, spec.linear.columns)
+    tiles = ceil_div(spec.linear.rows, target.tile_rows)
+    if spec.linear.interleave:
+        # A tile holds half its rows of gate, then the same rows of up.
+        tiles = ceil_div(spec.linear.rows // 2, target.tile_rows // 2)
+    # The residual of a row stays with its owner, so stages that add to it have fixed owners; the others even out the bytes.
+    count = spread(tiles, target.workers) if spec.linear.epilogue == "residual" else balance(tiles, target.workers, load)
+    for w, c in enumerate(count):
+        load[w] += c * geometry.tile_bytes
+    return replace(stage, tiles=tiles, count=tuple(count), first=prefix(count), geometry=geometry)

@@ -1,0 +1,62 @@
+"""What a plan must know about a machine: one file an architecture, each with one `TARGET`; a new one needs no edit elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import PlanError
+
+
+@dataclass(frozen=True)
+class Target:
+    """The numbers of one architecture. A worker is an SM's thread block on a GPU, a core on a CPU."""
+
+    name: str  # as given to --target: "sm_90", "cpu"
+    kind: Literal["cuda", "cpu"]
+    arch: str  # the compiler's name for it: "sm_90a", "native"
+    description: str
+    workers: int  # of a typical device; the real count replaces it where a device is present
+    bandwidth_gb_s: float  # of a typical device; used for predictions only
+    exchange_us: float  # the part of one exchange that a stage's stream does not hide; predictions only
+    # How a weight matrix is cut: a tile is `tile_rows` rows, a fragment is tile_rows x `fragment_columns` values.
+    tile_rows: int
+    fragment_columns: int
+    warps: int  # that share a worker's tiles: each tile's columns are split over 1..warps of them
+    part_fragments: int  # most fragments of one warp in one chunk of the tape
+    max_fragments: int  # most fragments of one tile that a warp's registers can hold x for
+    # GPU only: shared memory, roles and pacing.
+    shared_bytes: int = 0  # that one thread block may use
+    finisher_warps: int = 4
+    threads: int = 0
+    registers: int = 0  # per thread at launch
+    consumer_registers: int = 0  # after reallocation between warps (0: the architecture cannot)
+    other_registers: int = 0
+    bulk_copy: bool = False  # cp.async.bulk and mbarrier transactions (sm_90 on); else cp.async
+    window_low: int = 0  # bytes in flight per SM while enough landed chunks wait
+    window_high: int = 0  # bytes in flight while fewer than `window_threshold` landed chunks wait
+    window_threshold: int = 0
+    prefetch_chunks: int = 0  # how far L2 prefetches run ahead of a full ring
+    prefetch_cycles: int = 0  # between two of them: an SM's fair share of the bandwidth
+    repoll_cycles: int = 0  # before words that had not arrived are polled again
+    combine_repoll_cycles: int = 0  # the same for the partial results of attention
+    kv_min_blocks: int = 2  # fewest blocks of the KV cache that are worth a piece of their own
+
+
+def available() -> dict[str, Target]:
+    """Every target by name, discovered from the files of this folder."""
+    found: dict[str, Target] = {}
+    for module in pkgutil.iter_modules(__path__):
+        target: Target = importlib.import_module(f"{__name__}.{module.name}").TARGET
+        found[target.name] = target
+    return found
+
+
+def get(name: str) -> Target:
+    """The target called `name`; raises PlanError naming the known ones."""
+    targets = available()
+    if name not in targets:
+        raise PlanError(f"unknown target {name!r}; known targets: {', '.join(sorted(targets))}")
+    return targets[name]

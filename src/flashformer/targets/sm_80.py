@@ -1,0 +1,23 @@
+"""Ampere (A100): the same plan with cp.async in place of bulk copies, and one register budget for all warps."""
+
+from dataclasses import replace
+
+from .sm_90 import TARGET as SM_90
+
+TARGET = replace(
+    SM_90,
+    name="sm_80",
+    arch="sm_80",
+    description="NVIDIA Ampere (A100)",
+    workers=108,
+    bandwidth_gb_s=1900.0,
+    shared_bytes=166912,
+    finisher_warps=3,
+    threads=384,
+    registers=168,
+    consumer_registers=0,
+    other_registers=0,
+    bulk_copy=False,
+    prefetch_chunks=0,
+    prefetch_cycles=1900,
+)
