@@ -8,7 +8,13 @@ struct Argmax {
   using L = Layout<M>;
 
   static FF_DEVICE void run(Producer<M>&, u32) {}
-  static FF_DEVICE void run(Consumer<M>&, u32) {}
+  static FF_DEVICE void run(Consumer<M>& c, u32) {
+    // NOTE: what this token appended to the KV cache must be visible to all before the token ends: the next one reads it.
+    fence_device();
+    fence_copy_engine();
+    __syncwarp();
+    if (c.lane == 0) barrier_arrive(c.shared + L::kDone);
+  }
   static FF_DEVICE void run(Finisher<M>& f, u32 step) {
     f.enter(S::kWhere, 0);
     const u32 epoch = f.p.epoch + step;
@@ -24,6 +30,7 @@ struct Argmax {
     if (f.index == 0) {
 #pragma unroll
       for (int i = 1; i < M::kFinishers; i++) take(f, load_shared_float(mine + i * 8), load_shared(mine + i * 8 + 4));
+      barrier_wait(f.shared + L::kDone, step & 1, f.watch);
       // NOTE: two copies by parity: a block without work in the head may already be one token ahead of a slow reader.
       u64* words = f.words(S::kOutput) + (epoch & 1) * 2 * M::kWorkers;
       const u32 cancel = blockIdx.x == 0 && load_volatile(f.p.cancel) ? kCancel : 0;

@@ -60,11 +60,14 @@ struct Attention {
       if (count > share.per_head - first) count = share.per_head - first;
       next += count;
       const bool newest = first + count == share.per_head;
+      if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
       prepare(c, layer, head, position, tag, newest);
       c.sync();
+      if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
       float out[kSteps][4];
       attend(c, out, first, count, position);
       publish(c, out, head, newest, tag, c.words(S::kOutput) + (u64)(blockIdx.x * M::kPieces + piece) * M::kPieceWords);
+      if (c.warp == 0) c.mark(1, step, layer, S::kWhere, 1);
     }
   }
 
@@ -77,45 +80,47 @@ struct Attention {
 
   static FF_DEVICE bool has(u32 lane, int r) { return lane + 32 * r < M::kHeadDim / 2; }
 
-  // A head's vector from the exchange; each lane keeps the pairs that the rotation mixes.
-  static FF_DEVICE Vector gather(Consumer<M>& c, int at, u32 tag) {
-    const u64* words = c.words(S::kInput) + at + c.lane;
+  // Vectors of heads from the exchange; each lane keeps the pairs that the rotation mixes.
+  template <int kCount>
+  static FF_DEVICE void gather(Consumer<M>& c, Vector (&v)[kCount], const int (&at)[kCount], u32 tag) {
+    const u64* words = c.words(S::kInput) + c.lane;
     Wait wait;
-    Vector v;
     bool all = false;
 #pragma unroll 1
-    for (int attempt = 0; !all; attempt++) {
-      u64 w[kPairs][2];
+    for (bool again = false; !all; again = true) {
+      if (again && wait.waited() < M::kRepollCycles) wait.at_least(M::kRepollCycles);
+      u64 w[kCount][kPairs][2];
 #pragma unroll
-      for (int r = 0; r < kPairs; r++)
-        if (has(c.lane, r)) {
-          w[r][0] = load_word(words + 32 * r);
-          w[r][1] = load_word(words + 32 * r + M::kHeadDim / 2);
-        }
+      for (int i = 0; i < kCount; i++)
+#pragma unroll
+        for (int r = 0; r < kPairs; r++)
+          if (has(c.lane, r)) {
+            w[i][r][0] = load_word(words + at[i] + 32 * r);
+            w[i][r][1] = load_word(words + at[i] + 32 * r + M::kHeadDim / 2);
+          }
       bool here = true;
 #pragma unroll
-      for (int r = 0; r < kPairs; r++) {
-        v.low[r] = v.high[r] = 0;
-        if (has(c.lane, r)) {
-          const Word low = split(w[r][0]), high = split(w[r][1]);
-          v.low[r] = __uint_as_float(low.value);
-          v.high[r] = __uint_as_float(high.value);
-          here = here && low.tag == tag && high.tag == tag;
+      for (int i = 0; i < kCount; i++)
+#pragma unroll
+        for (int r = 0; r < kPairs; r++) {
+          v[i].low[r] = v[i].high[r] = 0;
+          if (has(c.lane, r)) {
+            const Word low = split(w[i][r][0]), high = split(w[i][r][1]);
+            v[i].low[r] = __uint_as_float(low.value);
+            v[i].high[r] = __uint_as_float(high.value);
+            here = here && low.tag == tag && high.tag == tag;
+          }
         }
-      }
       all = __all_sync(kAllLanes, here);
-      if (!all && attempt == 0) wait.at_least(M::kRepollCycles);
       if (__any_sync(kAllLanes, !all && wait.expired(c.watch))) break;
     }
-    return v;
   }
 
   static FF_DEVICE void normalise(Vector& v, const float* gamma, u32 lane) {
     float sum = 0;
 #pragma unroll
     for (int r = 0; r < kPairs; r++) sum += v.low[r] * v.low[r] + v.high[r] * v.high[r];
-#pragma unroll
-    for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    sum = warp_sum(sum);
     const float scale = rsqrtf(sum / M::kHeadDim + M::kHeadEps);
 #pragma unroll
     for (int r = 0; r < kPairs; r++)
@@ -146,39 +151,47 @@ struct Attention {
       float2 turn[kPairs];
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
-        turn[r] = has(c.lane, r) ? __ldg(c.p.rope + (u64)position * (M::kHeadDim / 2) + c.lane + 32 * r) : make_float2(0, 0);
-      Vector q = gather(c, (Heads<M>::first_query(head) + c.warp) * M::kHeadPad, tag);
-      if (M::kHeadNorm) normalise(q, vectors + M::kQueryNorm, c.lane);
-      rotate(q, turn);
+        turn[r] = has(c.lane, r) ? load_early(c.p.rope + (u64)position * (M::kHeadDim / 2) + c.lane + 32 * r) : make_float2(0, 0);
+      const int query_at = (Heads<M>::first_query(head) + c.warp) * M::kHeadPad;
+      Vector v[2];  // query, key
+      if (newest) {
+        gather(c, v, {query_at, Heads<M>::kKeys + (int)kv_head * M::kHeadPad}, tag);
+      } else {
+        Vector only[1];
+        gather(c, only, {query_at}, tag);
+        v[0] = only[0];
+      }
+      if (M::kHeadNorm) normalise(v[0], vectors + M::kQueryNorm, c.lane);
+      rotate(v[0], turn);
       const u32 at = c.shared + L::kQuery + c.warp * L::kQueryStride;
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
         if (has(c.lane, r)) {
-          store_shared16(at + (c.lane + 32 * r) * 2, (u16)T::pack(q.low[r], 0));
-          store_shared16(at + (c.lane + 32 * r + M::kHeadDim / 2) * 2, (u16)T::pack(q.high[r], 0));
+          store_shared16(at + (c.lane + 32 * r) * 2, (u16)T::pack(v[0].low[r], 0));
+          store_shared16(at + (c.lane + 32 * r + M::kHeadDim / 2) * 2, (u16)T::pack(v[0].high[r], 0));
         }
       if (newest) {
-        Vector k = gather(c, Heads<M>::kKeys + kv_head * M::kHeadPad, tag);
-        if (M::kHeadNorm) normalise(k, vectors + M::kKeyNorm, c.lane);
-        rotate(k, turn);
+        if (M::kHeadNorm) normalise(v[1], vectors + M::kKeyNorm, c.lane);
+        rotate(v[1], turn);
         float score = 0;
 #pragma unroll
-        for (int r = 0; r < kPairs; r++) score += rounded(q.low[r]) * rounded(k.low[r]) + rounded(q.high[r]) * rounded(k.high[r]);
-#pragma unroll
-        for (int o = 16; o; o >>= 1) score += __shfl_xor_sync(kAllLanes, score, o);
+        for (int r = 0; r < kPairs; r++)
+          score += rounded(v[0].low[r]) * rounded(v[1].low[r]) + rounded(v[0].high[r]) * rounded(v[1].high[r]);
+        score = warp_sum(score);
         if (c.lane == 0) store_shared_float(c.shared + L::kNewScore + c.warp * 4, score * M::kScoreScale);
-        if (c.warp == 0 && head % M::kVirtualSplits == 0) append<false>(c, k, layer, kv_head, position);
+        if (c.warp == 0 && head % M::kVirtualSplits == 0) append<false>(c, v[1], layer, kv_head, position);
       }
     }
     if (newest && c.warp == value_warp(queries)) {
-      Vector v = gather(c, Heads<M>::kValues + kv_head * M::kHeadPad, tag);
+      Vector v[1];
+      gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, tag);
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
         if (has(c.lane, r)) {
-          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r) * 4, rounded(v.low[r]));
-          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r + M::kHeadDim / 2) * 4, rounded(v.high[r]));
+          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r) * 4, rounded(v[0].low[r]));
+          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r + M::kHeadDim / 2) * 4, rounded(v[0].high[r]));
         }
-      if (head % M::kVirtualSplits == 0) append<true>(c, v, layer, kv_head, position);
+      if (head % M::kVirtualSplits == 0) append<true>(c, v[0], layer, kv_head, position);
     }
   }
 
@@ -258,11 +271,6 @@ struct Attention {
   static FF_DEVICE void publish(Consumer<M>& c, const float (&out)[kSteps][4], u32 head, bool newest, u32 tag, u64* piece) {
     const u32 g = c.lane >> 2, t = c.lane & 3, queries = Heads<M>::queries(head);
     const u32 softmax = c.shared + L::kSoftmax, merge = c.shared + L::kMerge;
-    // NOTE: the appended key and value must be visible to all before this block's partial is: the next token reads them.
-    if (newest && (c.warp == 0 || c.warp == value_warp(queries))) {
-      fence_device();
-      fence_copy_engine();
-    }
 #pragma unroll 1
     for (u32 h0 = 0; h0 < queries; h0 += L::kMergeHeads) {
 #pragma unroll
@@ -303,12 +311,14 @@ struct Attention {
   static FF_DEVICE u32 value_warp(u32 queries) { return queries < kConsumers ? queries : kConsumers - 1; }
 };
 
-// Joins the partials of all blocks that share a head: a finisher takes 8 values, four pairs x eight pieces at a time.
+// Joins the partials of all blocks that share a head. A finisher takes 8 values: lane l weighs the l-th piece, then four pairs of
+// values x eight pieces are summed at a time.
 template <class M, class S>
 struct Combine {
   using T = typename M::Value;
   using Pieces = Attention<M, typename S::Source>;
-  static constexpr int kBatch = 2;  // pieces in flight a lane
+  static constexpr int kBatch = 3;  // pieces a lane sums in a pass
+  static constexpr u32 kPass = 8 * kBatch;
 
   static FF_DEVICE void run(Consumer<M>&, u32, u32) {}
   static FF_DEVICE void run(Producer<M>&, u32, u32) {}
@@ -316,6 +326,7 @@ struct Combine {
   static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
     f.enter(S::kWhere, layer);
     const uint2 tiles = f.tiles(1);
+    if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const u32 tag = f.tag(step, layer), pair = f.lane & 3;
     const KvShare<M> share(f.position(step), 0);
 #pragma unroll 1
@@ -326,53 +337,58 @@ struct Combine {
       const u32 first = share.owner(head * share.per_head), last = share.owner((head + 1) * share.per_head - 1);
       float top = Pieces::kNever, sum = 0, y0 = 0, y1 = 0;
 #pragma unroll 1
-      for (u32 base = first + (f.lane >> 2); base <= last; base += 8 * kBatch) {
-        const u64* words[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; i++) {
-          const u32 block = base + 8 * i <= last ? base + 8 * i : base;
-          words[i] = f.words(S::kInput) +
-                     (u64)(block * M::kPieces + head - share.first(block) / share.per_head) * M::kPieceWords;
-        }
-        u64 a[kBatch][4];
+      for (u32 base = first; base <= last; base += kPass) {
+        const bool mine = f.lane < kPass && base + f.lane <= last;
+        const u32 block = mine ? base + f.lane : last;
+        const u32 piece = (block * M::kPieces + head - share.first(block) / share.per_head) * M::kPieceWords;
+        float weight, part, z[kBatch][2];
         Wait wait;
-        bool here;
-        do {
-          here = true;
+        for (bool here = false; !here;) {
+          u64 softmax[2], w[kBatch][2];
+          load_words(f.words(S::kInput) + piece + 8 * M::kHeadPad + column * 2, softmax[0], softmax[1]);
 #pragma unroll
           for (int i = 0; i < kBatch; i++) {
-            load_words(words[i] + column * M::kHeadPad + dim, a[i][0], a[i][1]);
-            load_words(words[i] + 8 * M::kHeadPad + column * 2, a[i][2], a[i][3]);
+            const u32 from = __shfl_sync(kAllLanes, piece, (f.lane >> 2) + 8 * i);
+            if (base + 8 * i <= last) load_words(f.words(S::kInput) + from + column * M::kHeadPad + dim, w[i][0], w[i][1]);
           }
+          here = split(softmax[0]).tag == tag && split(softmax[1]).tag == tag;
 #pragma unroll
-          for (int i = 0; i < kBatch; i++)
+          for (int i = 0; i < kBatch; i++) {
+            if (base + 8 * i <= last) here = here && split(w[i][0]).tag == tag && split(w[i][1]).tag == tag;
+            z[i][0] = base + 8 * i <= last ? value(w[i][0]) : 0;
+            z[i][1] = base + 8 * i <= last ? value(w[i][1]) : 0;
+          }
+          weight = value(softmax[0]);
+          part = value(softmax[1]);
+          here = __all_sync(kAllLanes, here);
+          if (!here) {
+            if (__any_sync(kAllLanes, wait.expired(f.watch))) break;
+            Wait().at_least(M::kCombineRepoll);
+          }
+        }
+        const float most = fmaxf(top, warp_max(weight)), shrink = exp2_approx(top - most);
+        weight = mine ? exp2_approx(weight - most) : 0;
+        sum = sum * shrink + warp_sum(weight * part);
+        y0 *= shrink;
+        y1 *= shrink;
+        top = most;
 #pragma unroll
-            for (int j = 0; j < 4; j++) here = here && split(a[i][j]).tag == tag;
-          if (!here) Wait().at_least(M::kCombineRepoll);
-        } while (!here && !wait.expired(f.watch));
-#pragma unroll
-        for (int i = 0; i < kBatch; i++)
-          if (base + 8 * i <= last)
-            join_partial(top, sum, y0, y1, value(a[i][2]), value(a[i][3]), value(a[i][0]), value(a[i][1]));
+        for (int i = 0; i < kBatch; i++) {
+          const float share_of = __shfl_sync(kAllLanes, weight, (f.lane >> 2) + 8 * i);
+          y0 += share_of * z[i][0];
+          y1 += share_of * z[i][1];
+        }
       }
-      __syncwarp();
 #pragma unroll
       for (int o = 4; o < 32; o <<= 1) {
-        const float t = __shfl_xor_sync(kAllLanes, top, o), s = __shfl_xor_sync(kAllLanes, sum, o);
-        const float z0 = __shfl_xor_sync(kAllLanes, y0, o), z1 = __shfl_xor_sync(kAllLanes, y1, o);
-        join_partial(top, sum, y0, y1, t, s, z0, z1);  // lanes 0-3 take the others' in a fixed order
+        y0 += __shfl_xor_sync(kAllLanes, y0, o);
+        y1 += __shfl_xor_sync(kAllLanes, y1, o);
       }
+      if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
       if (f.lane < 4) store_word(f.words(S::kOutput) + at / 2 + pair, T::pack(__fdividef(y0, sum), __fdividef(y1, sum)), tag);
     }
   }
 
  private:
   static FF_DEVICE float value(u64 w) { return __uint_as_float(split(w).value); }
-  static FF_DEVICE void join_partial(float& top, float& sum, float& y0, float& y1, float t, float s, float z0, float z1) {
-    const float most = fmaxf(top, t), old = exp2_approx(top - most), fresh = exp2_approx(t - most);
-    sum = sum * old + s * fresh;
-    y0 = y0 * old + z0 * fresh;
-    y1 = y1 * old + z1 * fresh;
-    top = most;
-  }
 };

@@ -22,52 +22,41 @@ struct Operand {
   // Poll for this warp's part of the input vector, straight into the registers that multiply it.
   template <class C>
   FF_DEVICE void gather(const C& c, u32 tag) {
-    constexpr int kBatch = kSlices > 8 ? 7 : kSlices;  // loads in flight a lane
+    constexpr int kBatch = kSlices > 8 ? 5 : kSlices;  // loads in flight a lane
     const u32 first = (c.warp % S::kWarpsColumns) * kWarpColumns + c.lane * 4;
     const u64* words = c.words(S::kInput) + first / 2;
-    Wait wait;
-    auto exists = [&](int slice) { return kWhole || (slice * 128 + (int)c.lane * 4 < kWarpColumns && first + slice * 128 < S::kColumns); };
     u32 missing = 0;  // one bit a slice
 #pragma unroll
-    for (int b = 0; b < kSlices; b += kBatch) {
-      u64 w[kBatch][2];
-#pragma unroll
-      for (int i = 0; i < kBatch; i++)
-        if (b + i < kSlices && exists(b + i)) load_words(words + (b + i) * 64, w[i][0], w[i][1]);
-#pragma unroll
-      for (int i = 0; i < kBatch; i++)
-        if (b + i < kSlices) {
-          const bool here = exists(b + i);
-          const Word lo = split(w[i][0]), hi = split(w[i][1]);
-          value[b + i][0] = here ? lo.value : 0;
-          value[b + i][1] = here ? hi.value : 0;
-          if (here && (lo.tag != tag || hi.tag != tag)) missing |= 1u << (b + i);
-        }
+    for (int i = 0; i < kSlices; i++) {
+      value[i][0] = value[i][1] = 0;
+      const bool exists = kWhole || (i * 128 + c.lane * 4 < kWarpColumns && first + i * 128 < S::kColumns);
+      missing |= (exists ? 1u : 0u) << i;
     }
-    if (__any_sync(kAllLanes, missing != 0)) {
-      wait.at_least(C::kRepoll);
-      while (missing) {
+    Wait wait;
+#pragma unroll 1
+    for (bool again = false; __any_sync(kAllLanes, missing != 0); again = true) {
+      if (again) {
+        wait.at_least(C::kRepoll);
+        if (__any_sync(kAllLanes, wait.expired(c.watch))) break;
+      }
 #pragma unroll
-        for (int b = 0; b < kSlices; b += kBatch) {
-          u64 w[kBatch][2];
+      for (int b = 0; b < kSlices; b += kBatch) {
+        u64 w[kBatch][2];
 #pragma unroll
-          for (int i = 0; i < kBatch; i++)
-            if (b + i < kSlices && (missing >> (b + i) & 1)) load_words(words + (b + i) * 64, w[i][0], w[i][1]);
+        for (int i = 0; i < kBatch; i++)
+          if (b + i < kSlices && (missing >> (b + i) & 1)) load_words(words + (b + i) * 64, w[i][0], w[i][1]);
 #pragma unroll
-          for (int i = 0; i < kBatch; i++)
-            if (b + i < kSlices && (missing >> (b + i) & 1)) {
-              const Word lo = split(w[i][0]), hi = split(w[i][1]);
-              if (lo.tag == tag && hi.tag == tag) {
-                value[b + i][0] = lo.value;
-                value[b + i][1] = hi.value;
-                missing &= ~(1u << (b + i));
-              }
+        for (int i = 0; i < kBatch; i++)
+          if (b + i < kSlices && (missing >> (b + i) & 1)) {
+            const Word low = split(w[i][0]), high = split(w[i][1]);
+            if (low.tag == tag && high.tag == tag) {
+              value[b + i][0] = low.value;
+              value[b + i][1] = high.value;
+              missing &= ~(1u << (b + i));
             }
-        }
-        if (missing && wait.expired(c.watch)) break;
+          }
       }
     }
-    __syncwarp();
   }
 };
 
@@ -103,8 +92,7 @@ struct Moments {
     float total = 0;
 #pragma unroll
     for (int i = 0; i < kWords; i++) total += sum[i];
-#pragma unroll
-    for (int o = 16; o; o >>= 1) total += __shfl_xor_sync(kAllLanes, total, o);
+    total = warp_sum(total);
     return rsqrtf(total / M::kHidden + S::kEps);
   }
 };
@@ -121,7 +109,9 @@ struct Linear {
     const u32 tiles = c.tiles(S::tile_word(layer)).y;
     if (tiles == 0) return;
     Operand<S> x;
+    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
     x.gather(c, c.tag(step, layer));
+    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
     const u32 row = c.warp / S::kWarpsColumns;
     u32 octet = c.lane >> 3;
@@ -137,6 +127,7 @@ struct Linear {
 
   static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
     f.enter(S::kWhere, layer);
+    if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const uint2 tiles = f.tiles(S::tile_word(layer));
     const u32 groups = (tiles.y + S::kWarpsRows - 1) / S::kWarpsRows;
     const u32 tag = f.tag(step, layer);
@@ -163,8 +154,8 @@ struct Linear {
         tile[pass] = tiles.x + local;
         mine[pass] = local < tiles.y && octet < (S::kWarpsRows < 4 ? S::kWarpsRows : 4);
         const float* vectors = f.p.vectors + (u64)layer * M::kLayerVectors;
-        if (S::kBias >= 0) bias[pass] = mine[pass] ? __ldg(vectors + S::kBias + tile[pass] * 8 + row) : 0;
-        if (S::kEpilogue == Epilogue::kResidual) gamma[pass] = mine[pass] ? __ldg(vectors + S::kGamma + tile[pass] * 8 + row) : 0;
+        if (S::kBias >= 0) bias[pass] = mine[pass] ? load_early(vectors + S::kBias + tile[pass] * 8 + row) : 0;
+        if (S::kEpilogue == Epilogue::kResidual) gamma[pass] = mine[pass] ? load_early(vectors + S::kGamma + tile[pass] * 8 + row) : 0;
       }
       f.acquire();
       const u32 from = f.shared + L::kReduction + f.buffer() * L::kReductionBytes + f.lane * 16;
@@ -204,6 +195,7 @@ struct Linear {
         }
       }
     }
+    if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
     if (S::kEpilogue == Epilogue::kResidual) f.publish_moment(moment, S::kMomentOut, out_tag, tiles);
   }
 

@@ -29,11 +29,7 @@ class Target:
     max_fragments: int  # most fragments of one tile that a warp's registers can hold x for
     # GPU only: shared memory, roles and pacing.
     shared_bytes: int = 0  # that one thread block may use
-    finisher_warps: int = 4
-    threads: int = 0
-    registers: int = 0  # per thread at launch
-    consumer_registers: int = 0  # after reallocation between warps (0: the architecture cannot)
-    other_registers: int = 0
+    finisher_warps: int = 3  # 8 consumers, 3 finishers and the producer: 168 registers each
     bulk_copy: bool = False  # cp.async.bulk and mbarrier transactions (sm_90 on); else cp.async
     window_low: int = 0  # bytes in flight per SM while enough landed chunks wait
     window_high: int = 0  # bytes in flight while fewer than `window_threshold` landed chunks wait

@@ -1,4 +1,4 @@
-"""Ampere (A100): the same plan with cp.async in place of bulk copies, and one register budget for all warps."""
+"""Ampere (A100): the same plan with cp.async in place of bulk copies."""
 
 from dataclasses import replace
 
@@ -12,11 +12,6 @@ TARGET = replace(
     workers=108,
     bandwidth_gb_s=1900.0,
     shared_bytes=166912,
-    finisher_warps=3,
-    threads=384,
-    registers=168,
-    consumer_registers=0,
-    other_registers=0,
     bulk_copy=False,
     prefetch_chunks=0,
     prefetch_cycles=1900,

@@ -1,4 +1,4 @@
-"""Hopper (H100, H200): bulk copies into shared memory, register reallocation between warps."""
+"""Hopper (H100, H200): bulk copies into shared memory."""
 
 from . import Target
 
@@ -16,10 +16,6 @@ TARGET = Target(
     part_fragments=4,
     max_fragments=128,
     shared_bytes=232448,
-    threads=512,
-    registers=128,
-    consumer_registers=168,
-    other_registers=88,
     bulk_copy=True,
     window_low=3 * 16384,
     window_high=5 * 16384,

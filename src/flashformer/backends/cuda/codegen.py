@@ -40,6 +40,7 @@ PARAMETERS: tuple[tuple[str, str, type, str], ...] = (
     ("tokens", "u64*", ctypes.c_uint64, "host: (token, run) as they are made"),
     ("cancel", "const u32*", ctypes.c_uint64, "host: nonzero ends the launch after the present token"),
     ("status", "u32*", ctypes.c_uint64, "[2] where a wait gave up, and its block"),
+    ("trace", "u64*", ctypes.c_uint64, "timestamps, or null"),
     ("table_stride", "u32", ctypes.c_uint32, ""),
     ("kv_blocks", "u32", ctypes.c_uint32, "per layer and head"),
     ("start", "u32", ctypes.c_uint32, "position of the first token"),
@@ -79,6 +80,11 @@ class Source:
     vectors: Vectors
     exchange_words: int
     tile_words: int
+
+
+def threads(plan: Plan) -> int:
+    """Threads of a block: consumers, finishers and the producer."""
+    return 32 * (plan.target.warps + plan.target.finisher_warps + 1)
 
 
 def pieces(plan: Plan) -> int:
@@ -140,8 +146,8 @@ def place_vectors(plan: Plan) -> Vectors:
     return Vectors(size, bias, gamma, query_norm, key_norm, total, total + round_up(plan.config.hidden_size, plan.target.tile_rows))
 
 
-def generate(plan: Plan) -> Source:
-    """The kernel's source text. Raises PlanError where a plan exceeds what the kernel's number formats hold."""
+def generate(plan: Plan, trace: bool = False) -> Source:
+    """The kernel's source text; `trace` adds timestamps. Raises PlanError where a plan exceeds what the kernel's number formats hold."""
     c, t, kv = plan.config, plan.target, plan.kv
     buffers, moments, exchange_words = place_buffers(plan)
     vectors = place_vectors(plan)
@@ -183,9 +189,7 @@ def generate(plan: Plan) -> Source:
         ("u32", "kKvChunkBlocks", min(SLOT_BYTES // kv.block_bytes, 16)),
         ("u32", "kKvMinBlocks", t.kv_min_blocks),
         ("int", "kFinishers", t.finisher_warps),
-        ("int", "kThreads", t.threads),
-        ("int", "kConsumerRegisters", t.consumer_registers),
-        ("int", "kOtherRegisters", t.other_registers),
+        ("int", "kThreads", threads(plan)),
         ("bool", "kBulkCopy", t.bulk_copy),
         ("int", "kSharedBytes", t.shared_bytes),
         ("u32", "kSlotBytes", SLOT_BYTES),
@@ -196,6 +200,8 @@ def generate(plan: Plan) -> Source:
         ("int", "kPrefetchCycles", t.prefetch_cycles),
         ("int", "kRepollCycles", t.repoll_cycles),
         ("int", "kCombineRepoll", t.combine_repoll_cycles),
+        ("bool", "kTrace", trace),
+        ("int", "kStages", len(names)),
         ("u32", "kStreamWhere", names.index(STREAM)),
         ("u32", "kTokenWhere", names.index("token")),
     ]
@@ -265,7 +271,7 @@ def generate(plan: Plan) -> Source:
     text.append("    if (role.wants_head(step)) Linear<Model, stage::Head>::run(role, step, Model::kLayers);")
     text.append("    Argmax<Model, stage::Token>::run(role, step);")
     text.append("  }\n};\n")
-    text.append(f'extern "C" __global__ void __launch_bounds__({t.threads}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
+    text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
     return Source("\n".join(text) + "\n", names, vectors, exchange_words, words)
 

@@ -34,6 +34,10 @@ FF_DEVICE void store_words(u64* p, u32 a, u32 b, u32 tag) {
 struct Watch {
   const Params& p;
   u32 where;  // stage << 16 | layer, of the stage that this warp is in
+
+  FF_DEVICE void give_up() const {
+    if (atomicCAS(p.status, 0u, where + 1) == 0) p.status[1] = blockIdx.x;
+  }
 };
 
 // One wait: begins when it is made. 32-bit clocks: registers are dear in every role.
@@ -49,7 +53,7 @@ struct Wait {
     start = clock32();
     if (load_volatile(watch.p.status) != 0) return true;
     if (++glances < kPatience) return false;
-    if (atomicCAS(watch.p.status, 0u, watch.where + 1) == 0) watch.p.status[1] = blockIdx.x;
+    watch.give_up();
     return true;
   }
   FF_DEVICE void at_least(u32 cycles) const {

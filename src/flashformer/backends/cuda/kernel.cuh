@@ -10,7 +10,9 @@ template <class M, class Story>
 FF_DEVICE void decode(const Params& p) {
   extern __shared__ __align__(128) u8 memory[];
   using L = Layout<M>;
-  const u32 shared = shared_address(memory), thread = threadIdx.x, warp = thread >> 5;
+  u32 shared = shared_address(memory);
+  asm volatile("" : "+r"(shared));  // keep it in a register: the compiler would build it anew at each use
+  const u32 thread = threadIdx.x, warp = thread >> 5;
   const Watch watch{p, 0};
 
   for (u32 i = thread * 4; i < L::kRing; i += M::kThreads * 4) store_shared(shared + i, 0);
@@ -26,33 +28,30 @@ FF_DEVICE void decode(const Params& p) {
       barrier_init(shared + L::kReductionFull + b * 8, kConsumers);
       barrier_init(shared + L::kReductionEmpty + b * 8, 1);
     }
+    barrier_init(shared + L::kDone, kConsumers);
     fence_copy_engine();
   }
   __syncthreads();
 
   const Block<M> block{p, shared, warp, thread & 31, watch};
   if (warp < kConsumers) {
-    if constexpr (M::kConsumerRegisters > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(M::kConsumerRegisters));
     Consumer<M> role{block};
     for (u32 step = 0; step < p.steps && role.wait_step(step); step++) Story::token(role, step);
-  } else {
-    if constexpr (M::kConsumerRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(M::kOtherRegisters));
-    if (warp < kConsumers + M::kFinishers) {
-      Finisher<M> role{block};
-      role.index = warp - kConsumers;
-      role.token = p.forced[0];
-      for (u32 step = 0; step < p.steps && role.wait_step(step); step++) {
-        role.best = -INFINITY;
-        role.best_row = 0x7fffffffu;
-        Story::token(role, step);
-      }
-    } else if (warp == kConsumers + M::kFinishers) {
-      Producer<M> role{block};
-      role.table = p.table + (u64)blockIdx.x * p.table_stride;
-      role.length = p.table_length[blockIdx.x];
-      role.head_start = p.head_start[blockIdx.x];
-      role.watch.where = M::kStreamWhere << 16;
-      role.run();
+  } else if (warp < kConsumers + M::kFinishers) {
+    Finisher<M> role{block};
+    role.index = warp - kConsumers;
+    role.token = p.forced[0];
+    for (u32 step = 0; step < p.steps && role.wait_step(step); step++) {
+      role.best = -INFINITY;
+      role.best_row = 0x7fffffffu;
+      Story::token(role, step);
     }
+  } else {
+    Producer<M> role{block};
+    role.table = p.table + (u64)blockIdx.x * p.table_stride;
+    role.length = p.table_length[blockIdx.x];
+    role.head_start = p.head_start[blockIdx.x];
+    role.watch.where = M::kStreamWhere << 16;
+    role.run();
   }
 }

@@ -72,6 +72,18 @@ FF_DEVICE float exp2_approx(float x) {
   return r;
 }
 
+// Over all lanes of a warp, in the same order for each.
+FF_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(kAllLanes, x, o);
+  return x;
+}
+FF_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, o));
+  return x;
+}
+
 // ---- shared memory ----
 
 FF_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -180,11 +192,29 @@ FF_DEVICE void fence_copy_engine() {
 // ---- time ----
 
 FF_DEVICE u32 clock32() { return (u32)clock(); }
+FF_DEVICE u64 nanoseconds() {  // the same for all blocks
+  u64 t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
 
 // ---- global memory shared by all blocks ----
 
 FF_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 FF_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Constants of the model. NOTE: volatile, so that the load stays where it is written: in front of the wait that hides it. The
+// weights that stream by have long evicted these from the cache.
+FF_DEVICE float load_early(const float* p) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
+}
+FF_DEVICE float2 load_early(const float2* p) {
+  float2 v;
+  asm volatile("ld.global.nc.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
+  return v;
+}
 
 FF_DEVICE u32 load_volatile(const u32* p) {
   u32 v;

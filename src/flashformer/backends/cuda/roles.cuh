@@ -35,7 +35,8 @@ struct Layout {
   static constexpr int kToken = kStep + 4;
   static constexpr int kReductionFull = round_up(kToken + 4, 8);
   static constexpr int kReductionEmpty = kReductionFull + kReductionBuffers * 8;
-  static constexpr int kFull = kReductionEmpty + kReductionBuffers * 8;
+  static constexpr int kDone = kReductionEmpty + kReductionBuffers * 8;  // consumers are through with a token
+  static constexpr int kFull = kDone + 8;
   static constexpr int kMaxSlots = 16;
   static constexpr int kEmpty = kFull + kMaxSlots * 8;
   static constexpr int kRing = round_up(kEmpty + kMaxSlots * 8, 128);
@@ -56,6 +57,12 @@ struct Block {
   FF_DEVICE void enter(u32 stage, u32 layer) {
     asm volatile("" : "+r"(lane), "+r"(shared));
     watch.where = stage << 16 | layer;
+  }
+  // Timestamps of the launch's last token, for whoever asked for a trace: [roles][blocks][layers + 1][stages][2].
+  FF_DEVICE void mark(u32 role, u32 step, u32 layer, u32 stage, u32 event) const {
+    if constexpr (M::kTrace)
+      if (lane == 0 && step + 1 == p.steps)
+        p.trace[(((role * M::kWorkers + blockIdx.x) * (M::kLayers + 1) + layer) * M::kStages + stage) * 2 + event] = nanoseconds();
   }
   FF_DEVICE u64* words(int offset) const { return p.exchange + offset; }
   // Version tag of what is handed over in front of `layer` of the token that is being made.
@@ -141,8 +148,7 @@ struct Finisher : Block<M> {
   // NOTE: only owners of hidden tiles do. A block without work would run ahead and overwrite what others still wait for.
   FF_DEVICE void publish_moment(float sum, int offset, u32 tag, uint2 owned) {
     if (owned.y == 0) return;
-#pragma unroll
-    for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    sum = warp_sum(sum);
     const u32 at = this->shared + L::kMoment + (moments++ & 1) * 16;
     if (this->lane == 0) store_shared_float(at + index * 4, sum);
     sync();

@@ -16,7 +16,7 @@ from ...ops.rope import rope_table
 from ...plan import Plan
 from ...tape import Tape, lay_tapes
 from .. import Progress, RunStats, no_progress
-from .codegen import TILE_BITS, Params, Source, generate
+from .codegen import TILE_BITS, Params, Source, generate, threads
 from .compile import Kernel, compile_source
 from .driver import Context, DeviceInfo, probe
 from .pack import Packer, RandomWeights, Weights, gather_vectors, pack_words
@@ -77,7 +77,7 @@ class CudaRunner:
         self.function = context.function(module, "flashformer_decode")
         self.tools = context.load(tools.cubin)
         context.allow_shared(self.function, plan.target.shared_bytes)
-        if context.blocks_per_sm(self.function, plan.target.threads, plan.target.shared_bytes) < 1:
+        if context.blocks_per_sm(self.function, threads(plan), plan.target.shared_bytes) < 1:
             raise DeviceError(f"one block of this kernel does not fit on an SM of {self.info.name}")
 
         self.arena = context.allocate(tape.nbytes, "weights", fill=0)
@@ -149,7 +149,7 @@ class CudaRunner:
         p.run = p.run % 0x7FFFFFFF + 1
         p.logits = self.logit_address if logits else 0
         self.context.launch(
-            self.function, self.plan.target.workers, self.plan.target.threads, (p,), self.plan.target.shared_bytes, cooperative=True
+            self.function, self.plan.target.workers, threads(self.plan), (p,), self.plan.target.shared_bytes, cooperative=True
         )
         p.epoch += steps
 

@@ -25,15 +25,18 @@ struct KvShare {
   FF_DEVICE u32 owner(u32 flat) const { return ((flat + 1) * active - 1) / total; }
 };
 
+// NOTE: the loop that issues is short on purpose: it shares the instruction cache with eleven warps that do other things.
 template <class M>
 struct Producer : Block<M> {
   using L = Layout<M>;
+  static constexpr u32 kEnd = 0xffffffffu;
   const uint2* table;
-  u32 length, head_start;          // table entries: of a token, and before the head's
-  u32 step = 0, index = 0;         // load cursor: token of this launch, entry of the table
-  u32 window_step, window_index;   // where `window` begins
-  u32 offset = 0;                  // of the load cursor in the window
-  uint2 window[2];                 // 64 entries, one a lane in each half
+  u32 length, head_start;         // table entries: of a token, and before the head's
+  u32 step = 0, left = 0;         // load cursor: token of this launch, entries left of it
+  u32 window_step = 0, window_index = 0;  // where `window` begins
+  u32 offset = 0;                 // of the load cursor in the window
+  uint2 current;                  // entry at the load cursor: (offset / 512, bytes)
+  uint2 window[2];                // 64 entries, one a lane in each half; the cursor is in the first, the second is loading
   u32 issued = 0, landed = 0, freed = 0;
   u32 issue_slot = 0, land_slot = 0, land_phase = 0, free_slot = 0, free_phase = 0;
   u32 slot_bytes = 0;  // lane s: bytes of the copy into slot s
@@ -41,31 +44,44 @@ struct Producer : Block<M> {
   u32 ahead = 0;  // entries that were prefetched beyond the load cursor
   u32 last_prefetch = 0;
 
+  FF_DEVICE void run() {
+    window[0] = fetch(0, this->lane);
+    window[1] = fetch(0, 32 + this->lane);
+    current = pick(window[0], 0);
+    left = entries(0);
+    while (step < this->p.steps) {
+      if (!wait_room()) break;
+      if (current.y != 0) copy(this->p.tape + (u64)current.x * 512, current.y);
+      else if (!stream_kv(current.x)) break;
+      advance();
+    }
+    // NOTE: a copy in flight must not outlive the block, whose shared memory may be given away.
+    for (u32 spins = 0; landed < issued && spins < kMostSpins; spins++) poll();
+  }
+
+ private:
+  static constexpr u32 kGlanceSpins = 1024, kMostSpins = 1u << 26;  // of `poll`: at least 50 cycles each
+
   FF_DEVICE u32 entries(u32 s) const { return this->wants_head(s) ? length : head_start; }
 
   FF_DEVICE uint2 fetch(u32 s, u32 i) const {
     while (s < this->p.steps && i >= entries(s)) i -= entries(s++);
     return s < this->p.steps ? __ldg(table + i) : make_uint2(0, kEnd);
   }
-  static constexpr u32 kEnd = 0xffffffffu;
-
-  FF_DEVICE uint2 entry(u32 at) const {  // at: 0..63 from the window's beginning
-    const uint2 mine = at < 32 ? window[0] : window[1];
-    return make_uint2(__shfl_sync(kAllLanes, mine.x, at & 31), __shfl_sync(kAllLanes, mine.y, at & 31));
+  FF_DEVICE static uint2 pick(const uint2& mine, u32 lane) {
+    return make_uint2(__shfl_sync(kAllLanes, mine.x, lane & 31), __shfl_sync(kAllLanes, mine.y, lane & 31));
   }
   FF_DEVICE void advance() {
     if (ahead) ahead--;
-    if (++index == entries(step)) {
-      index = 0;
-      step++;
-    }
+    if (--left == 0) left = entries(++step);
     if (++offset == 32) {
       offset = 0;
       window[0] = window[1];
       window_index += 32;
-      window[1] = fetch(window_step, window_index + 32 + this->lane);
       while (window_step < this->p.steps && window_index >= entries(window_step)) window_index -= entries(window_step++);
+      window[1] = fetch(window_step, window_index + 32 + this->lane);
     }
+    current = pick(window[0], offset);
   }
   FF_DEVICE void copy(const u8* from, u32 bytes) {
     const u32 to = this->shared + L::kRing + issue_slot * M::kSlotBytes, bar = this->shared + L::kFull + issue_slot * 8;
@@ -102,10 +118,31 @@ struct Producer : Block<M> {
     if (issued - freed >= L::kSlots) return false;
     return in_flight < (landed - freed < M::kWindowThreshold ? M::kWindowHigh : M::kWindowLow);
   }
+  // Until another copy may be issued; false: the launch is over.
+  FF_DEVICE bool wait_room() {
+    u32 spins = 0;
+    while (true) {
+      poll();
+      if (may_issue()) return true;
+      if constexpr (M::kPrefetchChunks > 0)
+        if (issued - freed == L::kSlots) prefetch();
+      if (++spins % kGlanceSpins == 0 && over(spins)) return false;
+    }
+  }
+  // Has the token loop ended early, or has somebody (we, now?) given up?
+  FF_DEVICE bool over(u32 spins) const {
+    if ((load_shared_acquire(this->shared + L::kStep) & 1) || load_volatile(this->p.status) != 0) return true;
+    if (spins < kMostSpins) return false;
+    this->watch.give_up();
+    return true;
+  }
   FF_DEVICE void prefetch() {
     const u32 now = clock32();
     if (ahead >= M::kPrefetchChunks || now - last_prefetch < M::kPrefetchCycles) return;
-    const uint2 e = entry(offset + ahead);
+    // NOTE: a branch, not a selection: the second half may still be on its way, and the stream must not wait for it.
+    uint2 e;
+    if (offset + ahead < 32) e = pick(window[0], offset + ahead);
+    else e = pick(window[1], offset + ahead);
     if (e.y == kEnd) return;
     if (e.y) {
       if (this->lane == 0) bulk_prefetch(this->p.tape + (u64)e.x * 512, e.y);
@@ -113,64 +150,27 @@ struct Producer : Block<M> {
     }
     ahead++;
   }
-  // True when the token loop has ended early; looked at now and then.
-  FF_DEVICE bool stopped() const { return load_shared_acquire(this->shared + L::kStep) & 1; }
-
-  FF_DEVICE void run() {
-    window_step = 0;
-    window_index = 0;
-    window[0] = fetch(0, this->lane);
-    window[1] = fetch(0, 32 + this->lane);
-    Wait progress;
-    bool in_kv = false;
-    u32 kv_next = 0, kv_end = 0, kv_layer = 0, per_head = 0;
-    while (step < this->p.steps) {
-      const u32 before = issued + landed + freed;
-      poll();
-      if (issued + landed + freed != before) progress = Wait();
-      if (!in_kv) {
-        const uint2 e = entry(offset);
-        if (e.y == 0) {
-          const KvShare<M> share(this->position(step), blockIdx.x);
-          kv_next = share.next;
-          kv_end = share.end;
-          per_head = share.per_head;
-          kv_layer = e.x;
-          in_kv = true;
-        } else if (may_issue()) {
-          copy(this->p.tape + (u64)e.x * 512, e.y);
-          advance();
-          continue;
+  // This block's share of a layer's KV cache; there is room for the first copy. False: the launch is over.
+  FF_DEVICE bool stream_kv(u32 layer) {
+    const KvShare<M> share(this->position(step), blockIdx.x);
+    for (u32 next = share.next; next < share.end;) {
+      const u32 head = next / share.per_head, block = next - head * share.per_head;
+      u32 count = share.end - next;
+      if (count > share.per_head - block) count = share.per_head - block;
+      if (count > M::kKvChunkBlocks) count = M::kKvChunkBlocks;
+      // The newest positions were written in the token before by another block: it must be done.
+      if (step > 0 && block + count + 1 >= share.per_head) {
+        for (u32 spins = 1; load_shared_acquire(this->shared + L::kStep) >> 1 < step; spins++) {
+          poll();
+          if (spins % kGlanceSpins == 0 && over(spins)) return false;
         }
+        fence_copy_engine();
       }
-      if (in_kv) {
-        if (kv_next == kv_end) {
-          in_kv = false;
-          advance();
-          continue;
-        }
-        if (may_issue()) {
-          const u32 head = kv_next / per_head, block = kv_next - head * per_head;
-          u32 count = kv_end - kv_next;
-          if (count > per_head - block) count = per_head - block;
-          if (count > M::kKvChunkBlocks) count = M::kKvChunkBlocks;
-          // The newest positions were written in the token before by another block: it must be done.
-          const bool fresh = step > 0 && block + count + 1 >= per_head;
-          if (!fresh || (load_shared_acquire(this->shared + L::kStep) >> 1) >= step) {
-            if (fresh) fence_copy_engine();
-            const u64 at = ((u64)kv_layer * M::kKvHeads + head / M::kVirtualSplits) * this->p.kv_blocks + block;
-            copy(this->p.kv + at * M::kKvBlockBytes, count * M::kKvBlockBytes);
-            kv_next += count;
-            continue;
-          }
-        }
-      }
-      if constexpr (M::kPrefetchChunks > 0)
-        if (issued - freed == L::kSlots) prefetch();
-      if (progress.waited() > Wait::kGlance && (stopped() || progress.expired(this->watch))) break;
+      if (!wait_room()) return false;
+      const u64 at = ((u64)layer * M::kKvHeads + head / M::kVirtualSplits) * this->p.kv_blocks + block;
+      copy(this->p.kv + at * M::kKvBlockBytes, count * M::kKvBlockBytes);
+      next += count;
     }
-    // NOTE: a copy in flight must not outlive the block, whose shared memory may be given away.
-    Wait drain;
-    while (landed < issued && !drain.expired(this->watch)) poll();
+    return true;
   }
 };
