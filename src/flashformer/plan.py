@@ -7,7 +7,8 @@ CPU core) owns a run of them and reads their weights, stage after stage, as one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .config import ModelConfig
@@ -95,6 +96,7 @@ class Stage:
     linear: LinearSpec | None = None
     geometry: Geometry | None = None
     publish_gamma: str = ""  # norm weight that the values are multiplied by when they are handed on
+    head_norms: tuple[str, ...] = ()  # weights of the norms on each head of q and k, applied as attention reads them
 
     @property
     def weight_bytes(self) -> int:
@@ -140,8 +142,8 @@ class Plan:
     buffers: tuple[Buffer, ...]
     stages: tuple[Stage, ...]
     kv: KvLayout
-    embedding: str = ""  # name of the embedding table
-    weights: frozenset[str] = field(default_factory=frozenset)  # every tensor the model reads
+    embedding: str  # name of the embedding table
+    weights: Mapping[str, tuple[int, ...]]  # every tensor that the model reads, with its shape
 
     def buffer(self, name: str) -> Buffer:
         """The buffer called `name`."""
@@ -154,6 +156,14 @@ class Plan:
     def weight_bytes(self) -> int:
         """Weight bytes read per token from the model's point of view: no padding, the embedding only if tied."""
         return sum(s.linear.rows_used * s.linear.columns_used * 2 for s in self.stages if s.linear)
+
+    def tape_bytes(self) -> int:
+        """Bytes of all tapes, padding included."""
+        return sum(s.weight_bytes for s in self.stages)
+
+    def embedding_bytes(self) -> int:
+        """Bytes of the embedding table."""
+        return self.config.vocab_size * self.config.hidden_size * 2
 
     def token_bytes(self, context: int) -> int:
         """Bytes that a token must read with `context` positions before it: weights and KV cache."""
@@ -186,11 +196,11 @@ def spread(tiles: int, workers: int) -> list[int]:
     return [(w + 1) * tiles // workers - w * tiles // workers for w in range(workers)]
 
 
-def balance(tiles: int, workers: int, load: list[int]) -> list[int]:
-    """As `spread`, but the tiles left over go to the workers with the fewest bytes so far."""
-    count = [tiles // workers] * workers
-    for w in sorted(range(workers), key=lambda w: (load[w], w))[: tiles % workers]:
-        count[w] += 1
+def balance(tiles: int, workers: Sequence[int], load: Sequence[int]) -> list[int]:
+    """As `spread`, but only over some workers, and the tiles left over go to those with the fewest bytes so far."""
+    count = [0] * len(load)
+    for place, w in enumerate(sorted(workers, key=lambda w: (load[w], w))):
+        count[w] = tiles // len(workers) + (place < tiles % len(workers))
     return count
 
 
@@ -235,7 +245,8 @@ def make_plan(config: ModelConfig, graph: Graph, target: Target, max_context: in
     kv = make_kv_layout(config, context)
     specs = fuse(graph, kv.head_pad)
     load = [0] * target.workers
-    stages = tuple(_assign(spec, target, load) for spec in specs)
+    owners = [w for w, tiles in enumerate(spread(ceil_div(config.hidden_size, target.tile_rows), target.workers)) if tiles]
+    stages = tuple(_assign(spec, target, owners, load) for spec in specs)
     buffers: dict[str, Buffer] = {}
     for spec in specs:
         if spec.writes and spec.writes not in buffers:
@@ -247,12 +258,16 @@ def make_plan(config: ModelConfig, graph: Graph, target: Target, max_context: in
                 kind = "token"
             buffers[spec.writes] = Buffer(spec.writes, values, kind, moment=bool(spec.publish_gamma))
     embedding = next(op.weights[0].name for op in graph.operators if op.kind == "embed")
-    return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, frozenset(graph.weights()))
+    weights = {name: weight.shape for name, weight in graph.weights().items()}
+    return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, weights)
 
 
-def _assign(spec: StageSpec, target: Target, load: list[int]) -> Stage:
-    """Give the tiles of one stage to the workers; `load` collects each worker's bytes."""
-    stage = Stage(spec.name, spec.kind, spec.layer, spec.reads, spec.writes, linear=spec.linear, publish_gamma=spec.publish_gamma)
+def _assign(spec: StageSpec, target: Target, owners: list[int], load: list[int]) -> Stage:
+    """Give the tiles of one stage to the workers; `owners` are those of the residual, `load` collects each worker's bytes."""
+    stage = Stage(
+        spec.name, spec.kind, spec.layer, spec.reads, spec.writes,
+        linear=spec.linear, publish_gamma=spec.publish_gamma, head_norms=spec.head_norms,
+    )  # fmt: skip
     if spec.kind in ("attention", "token"):
         return stage
     tiles = ceil_div(spec.values, target.tile_rows)
@@ -265,7 +280,11 @@ def _assign(spec: StageSpec, target: Target, load: list[int]) -> Stage:
         # A tile holds half its rows of gate, then the same rows of up.
         tiles = ceil_div(spec.linear.rows // 2, target.tile_rows // 2)
     # The residual of a row stays with its owner, so stages that add to it have fixed owners; the others even out the bytes.
-    count = spread(tiles, target.workers) if spec.linear.epilogue == "residual" else balance(tiles, target.workers, load)
+    if spec.linear.epilogue == "residual":
+        count = spread(tiles, target.workers)
+    else:
+        # NOTE: nobody waits for a tile of padding. A worker that had nothing else might read its input when that is overwritten already.
+        count = balance(tiles, owners if spec.linear.has_empty_tiles(target.tile_rows) else range(target.workers), load)
     for w, c in enumerate(count):
         load[w] += c * geometry.tile_bytes
     return replace(stage, tiles=tiles, count=tuple(count), first=prefix(count), geometry=geometry)

@@ -8,10 +8,11 @@ marker of zero bytes: there the worker reads the KV cache, whose length only the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from .plan import Plan, Stage, ceil_div
+from .plan import Geometry, Plan, ceil_div
 
 UNIT = 512  # bytes: chunk offsets count these, so that 32 bits reach 2 TB
 
@@ -20,30 +21,40 @@ UNIT = 512  # bytes: chunk offsets count these, so that 32 bits reach 2 TB
 class Tape:
     """Chunks of all workers: row i of worker w is its i-th chunk; rows past `length[w]` are empty.
 
-    offset int64 [chunks, workers] in UNITs into one arena; size int32 [chunks, workers] in bytes; stage int32
-    [chunks, workers] index into `plan.stages` (-1: none); length int32 [workers].
+    offset int64 [chunks, workers] in UNITs into one arena; size int32 [chunks, workers] in bytes; starts int32
+    [stages + 1, workers]: the chunk with which each stage of the plan begins (where it has none: would begin), and the end.
     """
 
     offset: np.ndarray
     size: np.ndarray
-    stage: np.ndarray
-    length: np.ndarray
+    starts: np.ndarray
     nbytes: int  # of the arena
 
+    @property
+    def length(self) -> np.ndarray:
+        """Chunks of each worker, int32 [workers]."""
+        return self.starts[-1]
+
+    @cached_property
+    def stage(self) -> np.ndarray:
+        """Index into `plan.stages` of every chunk, int32 [chunks, workers] (-1: none)."""
+        stages = np.arange(len(self.starts) - 1, dtype=np.int32)
+        out = np.full(self.size.shape, -1, np.int32)
+        for w, chunks in enumerate(np.diff(self.starts, axis=0).T):
+            out[: self.length[w], w] = np.repeat(stages, chunks)
+        return out
+
     def first_chunk(self, stage: int) -> np.ndarray:
-        """Index of each worker's first chunk of a stage, int64 [workers] (its length where it has none)."""
-        hit = self.stage == stage
-        return np.where(hit.any(axis=0), hit.argmax(axis=0), self.length)
+        """Index of each worker's first chunk of a stage, int32 [workers]."""
+        return self.starts[stage]
 
 
-def chunk_sizes(stage: Stage, tiles: int) -> np.ndarray:
-    """Bytes of the chunks with which one worker reads `tiles` tiles of a linear stage, int64 [groups * parts]."""
-    g = stage.geometry
-    assert g is not None
+def chunk_sizes(g: Geometry, tiles: int) -> np.ndarray:
+    """Bytes of the chunks with which one worker reads `tiles` tiles of a linear stage, int32 [groups * parts]."""
     groups = ceil_div(tiles, g.warps_rows)
     in_group = np.minimum(tiles - np.arange(groups) * g.warps_rows, g.warps_rows)  # tiles of each group
     parts = np.array(g.part_sizes())
-    return (in_group[:, None] * g.warps_columns * parts[None, :] * g.fragment_bytes).reshape(-1).astype(np.int64)
+    return (in_group[:, None] * g.warps_columns * parts[None, :] * g.fragment_bytes).reshape(-1).astype(np.int32)
 
 
 def lay_tapes(plan: Plan) -> Tape:
@@ -52,34 +63,31 @@ def lay_tapes(plan: Plan) -> Tape:
     CPU workers stream better from a region of their own, so there each tape is contiguous.
     """
     workers = plan.target.workers
-    sizes: list[list[np.ndarray]] = [[] for _ in range(workers)]
-    stages: list[list[np.ndarray]] = [[] for _ in range(workers)]
-    known: dict[tuple[object, ...], np.ndarray] = {}
-    for index, stage in enumerate(plan.stages):
-        if stage.kind == "attention":
-            marker = np.zeros(1, np.int64)
-            for w in range(workers):
-                sizes[w].append(marker)
-                stages[w].append(np.array([index]))
-        elif stage.geometry is not None:
-            for w in range(workers):
-                key = (stage.geometry, stage.count[w])
-                if key not in known:
-                    known[key] = chunk_sizes(stage, stage.count[w])
-                sizes[w].append(known[key])
-                stages[w].append(np.full(len(known[key]), index))
-    length = np.array([sum(map(len, s)) for s in sizes], np.int64)
-    size = np.zeros((int(length.max()), workers), np.int64)
-    stage_of = np.full(size.shape, -1, np.int32)
+    marker, none = np.zeros(1, np.int32), np.zeros(0, np.int32)
+    runs: list[list[np.ndarray]] = []  # [stages][workers] sizes of the chunks
+    known: dict[Geometry, dict[int, np.ndarray]] = {}
+    for stage in plan.stages:
+        if stage.geometry is None:
+            runs.append([marker if stage.kind == "attention" else none] * workers)
+            continue
+        sizes = known.setdefault(stage.geometry, {})
+        for tiles in set(stage.count) - sizes.keys():
+            sizes[tiles] = chunk_sizes(stage.geometry, tiles)
+        runs.append([sizes[tiles] for tiles in stage.count])
+    starts = np.zeros((len(runs) + 1, workers), np.int32)
+    np.cumsum([[len(run) for run in row] for row in runs], axis=0, out=starts[1:])
+    size = np.zeros((workers, int(starts[-1].max())), np.int32)
     for w in range(workers):
-        size[: length[w], w] = np.concatenate(sizes[w])
-        stage_of[: length[w], w] = np.concatenate(stages[w])
-    order = size if plan.target.kind == "cuda" else size.T
-    ends = np.cumsum(order.reshape(-1)).reshape(order.shape)
-    offset = (ends - order) // UNIT
-    if plan.target.kind != "cuda":
-        offset = np.ascontiguousarray(offset.T)
-    return Tape(offset, size.astype(np.int32), stage_of, length.astype(np.int32), int(size.sum()))
+        size[w, : starts[-1, w]] = np.concatenate([row[w] for row in runs])
+    if plan.target.kind == "cuda":
+        size = np.ascontiguousarray(size.T)
+    # In two steps, because a sum in 64 bits over all chunks of a large model would take longer than everything else here.
+    units = size // UNIT
+    ends = np.cumsum(units, axis=1, dtype=np.int32)  # from the beginning of the row
+    row_ends = np.cumsum(ends[:, -1], dtype=np.int64)
+    offset = (row_ends - ends[:, -1])[:, None] + (ends - units)
+    nbytes = int(row_ends[-1]) * UNIT
+    return Tape(offset, size, starts, nbytes) if plan.target.kind == "cuda" else Tape(offset.T, size.T, starts, nbytes)
 
 
 def tile_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:
@@ -91,10 +99,9 @@ def tile_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:
     g = stage.geometry
     assert g is not None
     parts = np.array(g.part_sizes(), np.int64)
-    first_chunk = tape.first_chunk(index)
     worker = np.repeat(np.arange(len(stage.count)), stage.count)
     local = np.arange(stage.tiles) - np.array(stage.first, np.int64)[worker]
-    chunk = first_chunk[worker] + local // g.warps_rows * g.parts
+    chunk = tape.first_chunk(index)[worker] + local // g.warps_rows * g.parts
     rows = chunk[:, None] + np.arange(g.parts)[None, :]
     start = tape.offset[rows, worker[:, None]] * UNIT
     inside = (local % g.warps_rows)[:, None] * (g.warps_columns * parts * g.fragment_bytes)[None, :]

@@ -43,32 +43,41 @@ struct Attention {
   using T = typename M::Value;
   using L = Layout<M>;
   static constexpr int kSteps = M::kHeadPad / 16;                // matrix instructions per head vector
+  static constexpr bool kHold = kSteps <= 8;                     // the query stays in registers
   static constexpr int kPairs = ceil_div(M::kHeadDim / 2, 32);  // rotary pairs a lane
 
   static FF_DEVICE void run(Finisher<M>&, u32, u32) {}
   static FF_DEVICE void run(Producer<M>&, u32, u32) {}
 
   static FF_DEVICE void run(Consumer<M>& c, u32 step, u32 layer) {
-    c.enter(S::kWhere, layer);
-    const u32 position = c.position(step), tag = c.tag(step, layer);
-    const KvShare<M> share(position, blockIdx.x);
     u32 piece = 0;
 #pragma unroll 1
-    for (u32 next = share.next; next < share.end; piece++) {
+    for (;; piece++) {
+      c.enter(S::kWhere, layer);
+      // NOTE: computed anew for each piece: kept through the loop, it would spill.
+      const u32 position = c.position(step);
+      const KvShare<M> share(position, blockIdx.x);
+      const u32 next = piece ? (share.next / share.per_head + piece) * share.per_head : share.next;
+      if (next >= share.end) break;
       const u32 head = next / share.per_head, first = next - head * share.per_head;
       u32 count = share.end - next;
       if (count > share.per_head - first) count = share.per_head - first;
-      next += count;
       const bool newest = first + count == share.per_head;
+      c.sync();  // the piece before this one may still be read
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-      prepare(c, layer, head, position, tag, newest);
+      prepare(c, layer, head, position, c.tag(step, layer), newest, piece == 0 ? c.looks_place(S::kWhere) : 0);
       c.sync();
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
       float out[kSteps][4];
       attend(c, out, first, count, position);
-      publish(c, out, head, newest, tag, c.words(S::kOutput) + (u64)(blockIdx.x * M::kPieces + piece) * M::kPieceWords);
+      const u32 warps = count < kConsumers ? count : kConsumers;  // that have seen any positions
+      u64* const to = c.words(S::kOutput) + (u64)(blockIdx.x * M::kPieces + piece) * M::kPieceWords;
+      publish(c, out, head, newest, warps, c.tag(step, layer), to);
       if (c.warp == 0) c.mark(1, step, layer, S::kWhere, 1);
     }
+    if (piece == 0) return;
+    __syncwarp();
+    if (c.lane == 0) barrier_arrive(c.shared + L::kAttended);
   }
 
   static constexpr float kNever = -1e30f;  // a maximum before anything was seen
@@ -82,14 +91,14 @@ struct Attention {
 
   // Vectors of heads from the exchange; each lane keeps the pairs that the rotation mixes.
   template <int kCount>
-  static FF_DEVICE void gather(Consumer<M>& c, Vector (&v)[kCount], const int (&at)[kCount], u32 tag) {
+  static FF_DEVICE void gather(Consumer<M>& c, Vector (&v)[kCount], const int (&at)[kCount], u32 tag, u32 place) {
     const u64* words = c.words(S::kInput) + c.lane;
-    Wait wait;
-    bool all = false;
+    Looks<M> looks(place);
+    bool here;
 #pragma unroll 1
-    for (bool again = false; !all; again = true) {
-      if (again && wait.waited() < M::kRepollCycles) wait.at_least(M::kRepollCycles);
-      u64 w[kCount][kPairs][2];
+    do {
+      if (!looks.again(c.watch)) break;
+      u64 w[kCount][kPairs][2] = {};
 #pragma unroll
       for (int i = 0; i < kCount; i++)
 #pragma unroll
@@ -98,7 +107,7 @@ struct Attention {
             w[i][r][0] = load_word(words + at[i] + 32 * r);
             w[i][r][1] = load_word(words + at[i] + 32 * r + M::kHeadDim / 2);
           }
-      bool here = true;
+      here = true;
 #pragma unroll
       for (int i = 0; i < kCount; i++)
 #pragma unroll
@@ -111,23 +120,35 @@ struct Attention {
             here = here && low.tag == tag && high.tag == tag;
           }
         }
-      all = __all_sync(kAllLanes, here);
-      if (__any_sync(kAllLanes, !all && wait.expired(c.watch))) break;
-    }
+    } while (!looks.found(here, c.lane));
   }
 
-  static FF_DEVICE void normalise(Vector& v, const float* gamma, u32 lane) {
-    float sum = 0;
+  static FF_DEVICE Vector norm_weights(const Consumer<M>& c, u32 layer, int at) {
+    const float* gamma = c.p.vectors + (u64)layer * M::kLayerVectors + at + c.lane;
+    Vector v = {};
+    if constexpr (M::kHeadNorm) {
 #pragma unroll
-    for (int r = 0; r < kPairs; r++) sum += v.low[r] * v.low[r] + v.high[r] * v.high[r];
-    sum = warp_sum(sum);
-    const float scale = rsqrtf(sum / M::kHeadDim + M::kHeadEps);
+      for (int r = 0; r < kPairs; r++)
+        if (has(c.lane, r)) {
+          v.low[r] = load_early(gamma + 32 * r);
+          v.high[r] = load_early(gamma + 32 * r + M::kHeadDim / 2);
+        }
+    }
+    return v;
+  }
+
+  static FF_DEVICE void normalise(Vector& v, const Vector& gamma) {
+    if constexpr (M::kHeadNorm) {
+      float sum = 0;
 #pragma unroll
-    for (int r = 0; r < kPairs; r++)
-      if (has(lane, r)) {
-        v.low[r] *= scale * __ldg(gamma + lane + 32 * r);
-        v.high[r] *= scale * __ldg(gamma + lane + 32 * r + M::kHeadDim / 2);
+      for (int r = 0; r < kPairs; r++) sum += v.low[r] * v.low[r] + v.high[r] * v.high[r];
+      const float scale = rsqrtf(warp_sum(sum) / M::kHeadDim + M::kHeadEps);
+#pragma unroll
+      for (int r = 0; r < kPairs; r++) {
+        v.low[r] *= scale * gamma.low[r];
+        v.high[r] *= scale * gamma.high[r];
       }
+    }
   }
 
   static FF_DEVICE void rotate(Vector& v, const float2 (&turn)[kPairs]) {
@@ -144,10 +165,12 @@ struct Attention {
 
   // Warp w: query head w of this piece into shared memory; with the newest position also its score against this token's key.
   // Warp 0 appends the key, the first warp without a query (or the last) the value.
-  static FF_DEVICE void prepare(Consumer<M>& c, u32 layer, u32 head, u32 position, u32 tag, bool newest) {
+  static FF_DEVICE void prepare(Consumer<M>& c, u32 layer, u32 head, u32 position, u32 tag, bool newest, u32 looks) {
     const u32 queries = Heads<M>::queries(head), kv_head = Heads<M>::kv_head(head);
-    const float* vectors = c.p.vectors + (u64)layer * M::kLayerVectors;
     if (c.warp < queries) {
+      constexpr bool kEarly = kPairs <= 2;  // norm weights are here before the query; those of large heads would spill
+      Vector query_norm = {}, key_norm = {};
+      if (kEarly) query_norm = norm_weights(c, layer, M::kQueryNorm), key_norm = norm_weights(c, layer, M::kKeyNorm);
       float2 turn[kPairs];
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
@@ -155,13 +178,13 @@ struct Attention {
       const int query_at = (Heads<M>::first_query(head) + c.warp) * M::kHeadPad;
       Vector v[2];  // query, key
       if (newest) {
-        gather(c, v, {query_at, Heads<M>::kKeys + (int)kv_head * M::kHeadPad}, tag);
+        gather(c, v, {query_at, Heads<M>::kKeys + (int)kv_head * M::kHeadPad}, tag, looks);
       } else {
         Vector only[1];
-        gather(c, only, {query_at}, tag);
+        gather(c, only, {query_at}, tag, looks);
         v[0] = only[0];
       }
-      if (M::kHeadNorm) normalise(v[0], vectors + M::kQueryNorm, c.lane);
+      normalise(v[0], kEarly ? query_norm : norm_weights(c, layer, M::kQueryNorm));
       rotate(v[0], turn);
       const u32 at = c.shared + L::kQuery + c.warp * L::kQueryStride;
 #pragma unroll
@@ -171,7 +194,7 @@ struct Attention {
           store_shared16(at + (c.lane + 32 * r + M::kHeadDim / 2) * 2, (u16)T::pack(v[0].high[r], 0));
         }
       if (newest) {
-        if (M::kHeadNorm) normalise(v[1], vectors + M::kKeyNorm, c.lane);
+        normalise(v[1], kEarly ? key_norm : norm_weights(c, layer, M::kKeyNorm));
         rotate(v[1], turn);
         float score = 0;
 #pragma unroll
@@ -184,7 +207,7 @@ struct Attention {
     }
     if (newest && c.warp == value_warp(queries)) {
       Vector v[1];
-      gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, tag);
+      gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, tag, c.warp < queries ? 0 : looks);
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
         if (has(c.lane, r)) {
@@ -197,6 +220,7 @@ struct Attention {
 
   template <bool kIsValue>
   static FF_DEVICE void append(Consumer<M>& c, const Vector& v, u32 layer, u32 kv_head, u32 position) {
+    asm volatile("" : "+r"(position));  // or the offsets below would be computed for all pieces at once, and spill
     u8* block = c.p.kv + (((u64)layer * M::kKvHeads + kv_head) * c.p.kv_blocks + position / 16) * M::kKvBlockBytes;
     auto put = [&](u32 dim, float x) {
       const u32 at = kIsValue ? KvBlock<M>::value(position & 15, dim) : KvBlock<M>::key(position & 15, dim);
@@ -213,9 +237,12 @@ struct Attention {
   // Blocks first..first + count of a head: each warp its own, with a softmax of its own, ending in shared memory.
   static FF_DEVICE void attend(Consumer<M>& c, float (&out)[kSteps][4], u32 first, u32 count, u32 position) {
     const u32 g = c.lane >> 2, t = c.lane & 3;
-    uint2 q[kSteps];
+    const u32 query = c.shared + L::kQuery + g * L::kQueryStride + t * 8;
+    uint2 q[kHold ? kSteps : 1];
+    if constexpr (kHold) {
 #pragma unroll
-    for (int j = 0; j < kSteps; j++) q[j] = load_shared2(c.shared + L::kQuery + g * L::kQueryStride + j * 32 + t * 8);
+      for (int j = 0; j < kSteps; j++) q[j] = load_shared2(query + j * 32);
+    }
     float top[2] = {kNever, kNever}, sum[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < kSteps; j++) out[j][0] = out[j][1] = out[j][2] = out[j][3] = 0;
@@ -227,7 +254,10 @@ struct Attention {
         const u32 at = c.chunk_address() + b * M::kKvBlockBytes + c.lane * 16;
         float s[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int j = 0; j < kSteps; j++) mma<T>(s, load_shared4(at + j * 512), q[j].x, q[j].y);
+        for (int j = 0; j < kSteps; j++) {
+          const uint2 x = kHold ? q[kHold ? j : 0] : load_shared2(query + j * 32);
+          mma<T>(s, load_shared4(at + j * 512), x.x, x.y);
+        }
         const u32 p = (first + done + b) * 16 + g;  // position of rows g; rows g + 8 follow
         const bool low = p < position, high = p + 8 < position;
 #pragma unroll
@@ -250,8 +280,18 @@ struct Attention {
           }
         }
         const u32 b0 = transpose8x8(T::pack(s[0], s[1])), b1 = transpose8x8(T::pack(s[2], s[3]));
+        // NOTE: weights are zero where there is no position yet, but what an earlier text left there may be a NaN.
+        const u32 at_value = (first + done + b) * 16 + 2 * t;
+        const u32 mask0 = value_mask(at_value, position), mask1 = value_mask(at_value + 8, position);
 #pragma unroll
-        for (int j = 0; j < kSteps; j++) mma<T>(out[j], load_shared4(at + M::kHeadPad * 32 + j * 512), b0, b1);
+        for (int j = 0; j < kSteps; j++) {
+          uint4 v = load_shared4(at + M::kHeadPad * 32 + j * 512);
+          v.x &= mask0;
+          v.y &= mask0;
+          v.z &= mask1;
+          v.w &= mask1;
+          mma<T>(out[j], v, b0, b1);
+        }
       }
       c.release();
     }
@@ -267,44 +307,52 @@ struct Attention {
     }
   }
 
-  // The warps' results become one partial per query head, summed in the order of the warps.
-  static FF_DEVICE void publish(Consumer<M>& c, const float (&out)[kSteps][4], u32 head, bool newest, u32 tag, u64* piece) {
+  // Which of the values at positions p and p + 1 exist.
+  static FF_DEVICE u32 value_mask(u32 p, u32 position) { return p + 1 < position ? 0xffffffffu : p < position ? 0xffffu : 0; }
+
+  // The results of the first `warps` warps become one partial per query head, summed in the order of the warps.
+  static FF_DEVICE void publish(Consumer<M>& c, const float (&out)[kSteps][4], u32 head, bool newest, u32 warps, u32 tag, u64* piece) {
     const u32 g = c.lane >> 2, t = c.lane & 3, queries = Heads<M>::queries(head);
     const u32 softmax = c.shared + L::kSoftmax, merge = c.shared + L::kMerge;
 #pragma unroll 1
     for (u32 h0 = 0; h0 < queries; h0 += L::kMergeHeads) {
+      if (h0) c.sync();
+      if (c.warp < warps) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const u32 h = 2 * t + i - h0;
-        if (h < L::kMergeHeads) {
-          const u32 at = merge + ((c.warp * L::kMergeHeads + h) * L::kMergeStride + g) * 4;
+        for (int i = 0; i < 2; i++) {
+          const u32 h = 2 * t + i - h0;
+          if (h < L::kMergeHeads) {
+            const u32 at = merge + ((c.warp * L::kMergeHeads + h) * L::kMergeStride + g) * 4;
 #pragma unroll
-          for (int j = 0; j < kSteps; j++) {
-            store_shared_float(at + j * 64, out[j][i]);
-            store_shared_float(at + j * 64 + 32, out[j][i + 2]);
+            for (int j = 0; j < kSteps; j++) {
+              store_shared_float(at + j * 64, out[j][i]);
+              store_shared_float(at + j * 64 + 32, out[j][i + 2]);
+            }
           }
         }
       }
       c.sync();
       const u32 heads = queries - h0 < L::kMergeHeads ? queries - h0 : L::kMergeHeads;
+#pragma unroll 1
       for (u32 e = c.warp * 32 + c.lane; e < heads * M::kHeadPad; e += kConsumers * 32) {
         const u32 h = e / M::kHeadPad, dim = e % M::kHeadPad, query = h0 + h;
         const float own = load_shared_float(c.shared + L::kNewScore + query * 4);
         float most = newest ? own : kNever;
 #pragma unroll
-        for (int w = 0; w < kConsumers; w++) most = fmaxf(most, load_shared_float(softmax + (w * 8 + query) * 8));
+        for (int w = 0; w < kConsumers; w++)
+          if (w < warps) most = fmaxf(most, load_shared_float(softmax + (w * 8 + query) * 8));
         float sum = newest ? exp2_approx(own - most) : 0;
         float y = newest ? sum * load_shared_float(c.shared + L::kNewValue + dim * 4) : 0;
 #pragma unroll
-        for (int w = 0; w < kConsumers; w++) {
-          const float share = exp2_approx(load_shared_float(softmax + (w * 8 + query) * 8) - most);
-          sum += share * load_shared_float(softmax + (w * 8 + query) * 8 + 4);
-          y += share * load_shared_float(merge + ((w * L::kMergeHeads + h) * L::kMergeStride + dim) * 4);
-        }
+        for (int w = 0; w < kConsumers; w++)
+          if (w < warps) {
+            const float share = exp2_approx(load_shared_float(softmax + (w * 8 + query) * 8) - most);
+            sum += share * load_shared_float(softmax + (w * 8 + query) * 8 + 4);
+            y += share * load_shared_float(merge + ((w * L::kMergeHeads + h) * L::kMergeStride + dim) * 4);
+          }
         store_word(piece + query * M::kHeadPad + dim, __float_as_uint(y), tag);
         if (dim == 0) store_words(piece + 8 * M::kHeadPad + query * 2, __float_as_uint(most), __float_as_uint(sum), tag);
       }
-      c.sync();
     }
   }
 
@@ -316,6 +364,7 @@ struct Attention {
 template <class M, class S>
 struct Combine {
   using T = typename M::Value;
+  using L = Layout<M>;
   using Pieces = Attention<M, typename S::Source>;
   static constexpr int kBatch = 3;  // pieces a lane sums in a pass
   static constexpr u32 kPass = 8 * kBatch;
@@ -328,23 +377,32 @@ struct Combine {
     const uint2 tiles = f.tiles(1);
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const u32 tag = f.tag(step, layer), pair = f.lane & 3;
-    const KvShare<M> share(f.position(step), 0);
+    const KvShare<M> share(f.position(step), blockIdx.x);
+    if (share.next < share.end) {
+      // Others publish their parts when our consumers do; who polls before that only slows them down.
+      // NOTE: a block without a part could not wait here: its consumers may be several layers ahead.
+      if (f.index < tiles.y) barrier_wait(f.shared + L::kAttended, f.attended & 1, f.watch);
+      f.attended++;
+    }
 #pragma unroll 1
     for (u32 local = f.index; local < tiles.y; local += M::kFinishers) {
       const u32 at = (tiles.x + local) * 8, query = at / M::kHeadPad, dim = at % M::kHeadPad + pair * 2;
       const u32 in_group = query % M::kGroup;
       const u32 head = query / M::kGroup * M::kVirtualSplits + in_group / M::kVirtualGroup, column = in_group % M::kVirtualGroup;
-      const u32 first = share.owner(head * share.per_head), last = share.owner((head + 1) * share.per_head - 1);
+      const u32 first = share.first_owner(head), last = share.last_owner(head);
       float top = Pieces::kNever, sum = 0, y0 = 0, y1 = 0;
 #pragma unroll 1
       for (u32 base = first; base <= last; base += kPass) {
         const bool mine = f.lane < kPass && base + f.lane <= last;
         const u32 block = mine ? base + f.lane : last;
-        const u32 piece = (block * M::kPieces + head - share.first(block) / share.per_head) * M::kPieceWords;
+        const u32 piece = (block * M::kPieces + share.piece(block, head)) * M::kPieceWords;
         float weight, part, z[kBatch][2];
-        Wait wait;
-        for (bool here = false; !here;) {
-          u64 softmax[2], w[kBatch][2];
+        Looks<M> looks(f.looks_place(local == f.index && base == first ? S::kWhere : 0));
+        bool here;
+#pragma unroll 1
+        do {
+          if (!looks.again(f.watch)) break;
+          u64 softmax[2], w[kBatch][2] = {};
           load_words(f.words(S::kInput) + piece + 8 * M::kHeadPad + column * 2, softmax[0], softmax[1]);
 #pragma unroll
           for (int i = 0; i < kBatch; i++) {
@@ -360,12 +418,7 @@ struct Combine {
           }
           weight = value(softmax[0]);
           part = value(softmax[1]);
-          here = __all_sync(kAllLanes, here);
-          if (!here) {
-            if (__any_sync(kAllLanes, wait.expired(f.watch))) break;
-            Wait().at_least(M::kCombineRepoll);
-          }
-        }
+        } while (!looks.found(here, f.lane));
         const float most = fmaxf(top, warp_max(weight)), shrink = exp2_approx(top - most);
         weight = mine ? exp2_approx(weight - most) : 0;
         sum = sum * shrink + warp_sum(weight * part);

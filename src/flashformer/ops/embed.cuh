@@ -12,7 +12,6 @@ struct Embed {
     f.enter(S::kWhere, 0);
     const uint2 tiles = f.tiles(0);
     const u32 tag = f.tag(step, 0), row = f.lane & 7;
-    float moment = 0;
     // Four tiles at a time, one an octet.
     for (u32 local = f.index * 4 + (f.lane >> 3); local < round_up(tiles.y, 4 * M::kFinishers); local += 4 * M::kFinishers) {
       const u32 tile = tiles.x + local, index = tile * 8 + row;
@@ -20,10 +19,10 @@ struct Embed {
       const float y = real ? T::unpack(__ldg(f.p.embedding + (u64)f.token * M::kHidden + index)) : 0;
       const float gamma = real ? __ldg(f.p.vectors + S::kGamma + index) : 0;
       if (mine) store_shared_float(f.residual(local, row), y);
-      moment += y * y;
       const float out = y * gamma, next = __shfl_down_sync(kAllLanes, out, 1);
       if (mine && !(row & 1)) store_word(f.words(S::kOutput) + tile * 4 + row / 2, T::pack(out, next), tag);
     }
-    f.publish_moment(moment, S::kMomentOut, tag, tiles);
+    f.publish_moment(S::kMomentOut, tag, tiles);
+    f.fetch_gamma(f.p.vectors + S::kNextGamma, tiles);
   }
 };

@@ -22,7 +22,7 @@ struct Operand {
   // Poll for this warp's part of the input vector, straight into the registers that multiply it.
   template <class C>
   FF_DEVICE void gather(const C& c, u32 tag) {
-    constexpr int kBatch = kSlices > 8 ? 5 : kSlices;  // loads in flight a lane
+    constexpr int kBatch = kSlices > 8 ? (C::Model::kBulkCopy ? 7 : 4) : kSlices;  // loads in flight a lane; more would spill
     const u32 first = (c.warp % S::kWarpsColumns) * kWarpColumns + c.lane * 4;
     const u64* words = c.words(S::kInput) + first / 2;
     u32 missing = 0;  // one bit a slice
@@ -32,16 +32,13 @@ struct Operand {
       const bool exists = kWhole || (i * 128 + c.lane * 4 < kWarpColumns && first + i * 128 < S::kColumns);
       missing |= (exists ? 1u : 0u) << i;
     }
-    Wait wait;
+    Looks<typename C::Model> looks(c.looks_place(S::kWhere));
 #pragma unroll 1
-    for (bool again = false; __any_sync(kAllLanes, missing != 0); again = true) {
-      if (again) {
-        wait.at_least(C::kRepoll);
-        if (__any_sync(kAllLanes, wait.expired(c.watch))) break;
-      }
+    do {
+      if (!looks.again(c.watch)) break;
 #pragma unroll
       for (int b = 0; b < kSlices; b += kBatch) {
-        u64 w[kBatch][2];
+        u64 w[kBatch][2] = {};  // set, or the last round's would stay alive
 #pragma unroll
         for (int i = 0; i < kBatch; i++)
           if (b + i < kSlices && (missing >> (b + i) & 1)) load_words(words + (b + i) * 64, w[i][0], w[i][1]);
@@ -56,46 +53,34 @@ struct Operand {
             }
           }
       }
-    }
+    } while (!looks.found(missing == 0, c.lane));
   }
 };
 
-// The scale of an RMSNorm from the blocks' sums of squares. They arrive with the vector itself: a first look is taken before
-// the tile is waited for, the rest after it.
+// The scale of an RMSNorm from the blocks' sums of squares, which arrive with the vector itself.
 template <class M, class S>
-struct Moments {
-  static constexpr int kWords = ceil_div(M::kOwners, 32);
-  float sum[kWords];
-  u32 missing = 0;  // one bit a word
-
-  FF_DEVICE void look(const Finisher<M>& f, u32 tag) {
+FF_DEVICE float norm_scale(const Finisher<M>& f, u32 tag) {
+  constexpr int kWords = ceil_div(M::kOwners, 32);
+  const u64* words = f.words(S::kMomentIn) + f.lane;
+  float total = 0;
+  bool here;
+  Looks<M> looks(f.looks_place(S::kWhere));
+#pragma unroll 1
+  do {
+    if (!looks.again(f.watch)) break;
+    u64 w[kWords];  // all at once: one trip a look
+#pragma unroll
+    for (int i = 0; i < kWords; i++) w[i] = f.lane + i * 32 < M::kOwners ? load_word(words + i * 32) : join(0, tag);
+    total = 0;
+    here = true;
 #pragma unroll
     for (int i = 0; i < kWords; i++) {
-      const bool needed = f.lane + i * 32 < M::kOwners;
-      const Word w = split(needed ? load_word(f.words(S::kMomentIn) + f.lane + i * 32) : join(0, tag));
-      sum[i] = __uint_as_float(w.value);
-      if (w.tag != tag) missing |= 1u << i;
+      total += __uint_as_float(split(w[i]).value);
+      here = here && split(w[i]).tag == tag;
     }
-  }
-  FF_DEVICE float scale(const Finisher<M>& f, u32 tag) {
-    Wait wait;
-    while (missing && !wait.expired(f.watch)) {
-#pragma unroll
-      for (int i = 0; i < kWords; i++)
-        if (missing >> i & 1) {
-          const Word w = split(load_word(f.words(S::kMomentIn) + f.lane + i * 32));
-          sum[i] = __uint_as_float(w.value);
-          if (w.tag == tag) missing &= ~(1u << i);
-        }
-    }
-    __syncwarp();
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < kWords; i++) total += sum[i];
-    total = warp_sum(total);
-    return rsqrtf(total / M::kHidden + S::kEps);
-  }
-};
+  } while (!looks.found(here, f.lane));
+  return rsqrtf(warp_sum(total) / M::kHidden + S::kEps);
+}
 
 template <class M, class S>
 struct Linear {
@@ -113,15 +98,16 @@ struct Linear {
     x.gather(c, c.tag(step, layer));
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
-    const u32 row = c.warp / S::kWarpsColumns;
     u32 octet = c.lane >> 3;
+    Weights weights[2];
+    if (kAhead) weights[0].template load<0>(c);
 #pragma unroll 1
     for (u32 group = 0; group < groups; group++) {
-      const bool present = S::kWarpsRows == 1 || group * S::kWarpsRows + row < tiles;
       float d[2][4] = {};
-      if constexpr (S::kFragments > 16) asm volatile("" : "+r"(octet));  // keep masks in the loop: hoisted, they would spill
-      multiply<0, 0>(c, x, d, octet, present);
-      c.hand_over(group, (d[0][0] + d[0][3]) + (d[1][0] + d[1][3]));
+      if constexpr (S::kFragments > 8) asm volatile("" : "+r"(octet));  // keep masks in the loop: hoisted, they would spill
+      multiply<0, 0>(c, x, d, weights, octet, group + 1 < groups);
+      if constexpr (kAhead && S::kParts == 1) weights[0] = weights[1];
+      c.hand_over((d[0][0] + d[0][3]) + (d[1][0] + d[1][3]));
     }
   }
 
@@ -132,17 +118,19 @@ struct Linear {
     const u32 groups = (tiles.y + S::kWarpsRows - 1) / S::kWarpsRows;
     const u32 tag = f.tag(step, layer);
     const u32 out_tag = S::kNextLayer ? tag + 1 : tag;
-    float scale = 1, moment = 0;
-    bool first = true;
+    float scale = 1;
+    if constexpr (S::kEpilogue == Epilogue::kResidual) f.await_gamma();
+    u32 group = f.turn;
+    if constexpr (S::kNorm)
+      if (group < groups) scale = norm_scale<M, S>(f, tag);
 #pragma unroll 1
-    for (u32 group = f.index; group < groups; group += M::kFinishers) {
-      Moments<M, S> norm;
-      if (S::kNorm && first) norm.look(f, tag);
+    for (; group < groups; group += M::kFinishers) {
       // Which tile and row this lane finishes: after the sums below, the octets of the warp hold up to four tiles of a pass.
+      // NOTE: all that does not need the sums comes before the wait for them.
       constexpr int kPasses = S::kWarpsColumns == 1 ? 2 : 1;
       const u32 octet = f.lane >> 3, row = f.lane & 7;
       u32 tile[kPasses];
-      float bias[kPasses], gamma[kPasses];
+      float bias[kPasses], residual[kPasses], gamma[kPasses];
       bool mine[kPasses];
 #pragma unroll
       for (int pass = 0; pass < kPasses; pass++) {
@@ -155,16 +143,16 @@ struct Linear {
         mine[pass] = local < tiles.y && octet < (S::kWarpsRows < 4 ? S::kWarpsRows : 4);
         const float* vectors = f.p.vectors + (u64)layer * M::kLayerVectors;
         if (S::kBias >= 0) bias[pass] = mine[pass] ? load_early(vectors + S::kBias + tile[pass] * 8 + row) : 0;
-        if (S::kEpilogue == Epilogue::kResidual) gamma[pass] = mine[pass] ? load_early(vectors + S::kGamma + tile[pass] * 8 + row) : 0;
+        if constexpr (S::kEpilogue == Epilogue::kResidual) {
+          residual[pass] = mine[pass] ? load_shared_float(f.residual(local, row)) : 0;
+          gamma[pass] = mine[pass] ? f.gamma(local, row) : 0;
+        }
       }
-      f.acquire();
       const u32 from = f.shared + L::kReduction + f.buffer() * L::kReductionBytes + f.lane * 16;
+      f.acquire();
       const float4 a = load_shared_float4(from), b = load_shared_float4(from + 512);
-      f.release();
       float v[kPasses];
       sum_warps(v, a, b, octet);
-      if (S::kNorm && first) scale = norm.scale(f, tag);
-      first = false;
 #pragma unroll
       for (int pass = 0; pass < kPasses; pass++) {
         float y = v[pass] * scale;
@@ -176,13 +164,9 @@ struct Linear {
           const float h = __fdividef(y, 1.f + __expf(-y)) * up;
           publish_pairs(f, h, tile[pass] * 2, mine[pass] && row < 4, row, out_tag);
         } else if constexpr (S::kEpilogue == Epilogue::kResidual) {
-          if (mine[pass]) {
-            const u32 at = f.residual(tile[pass] - tiles.x, row);
-            y += load_shared_float(at);
-            store_shared_float(at, y);
-            moment += y * y;
-          }
+          y += residual[pass];
           publish_pairs(f, y * gamma[pass], tile[pass] * 4, mine[pass], row, out_tag);
+          if (mine[pass]) store_shared_float(f.residual(tile[pass] - tiles.x, row), y);
         } else {
           const u32 index = tile[pass] * 8 + row;
           if (mine[pass] && index < M::kVocab) {
@@ -194,36 +178,53 @@ struct Linear {
           }
         }
       }
+      f.release();
     }
+    f.turn = group - groups;  // the groups of all stages go round the finishers
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
-    if (S::kEpilogue == Epilogue::kResidual) f.publish_moment(moment, S::kMomentOut, out_tag, tiles);
+    if constexpr (S::kEpilogue == Epilogue::kResidual) {
+      f.publish_moment(S::kMomentOut, out_tag, tiles);
+      const u32 next = S::kNextLayer ? (layer + 1) % M::kLayers : layer;
+      f.fetch_gamma(f.p.vectors + (u64)next * M::kLayerVectors + S::kNextGamma, tiles);
+    }
   }
 
  private:
-  // Multiply part `part` of the group: its chunk's fragments are `first`... of this warp's x.
-  template <int part, int first>
-  static FF_DEVICE void multiply(Consumer<M>& c, const Operand<S>& x, float (&d)[2][4], u32 octet, bool present) {
-    if constexpr (part < S::kParts) {
+  // A warp's fragments of one chunk. They are loaded a chunk ahead, so that the loads of one hide behind the products of another;
+  // not where they would spill: before sm_90, where x fills the registers, or where an odd number of parts changes their places.
+  // NOTE: where the last group has fewer tiles than warps, a warp without one multiplies what is left in the slot; nobody looks.
+  static constexpr bool kAhead = M::kBulkCopy && Operand<S>::kSlices <= 8 && (S::kParts == 1 || S::kParts % 2 == 0);
+  struct Weights {
+    uint4 a[part_size(S::kFragments, S::kParts, 0)];
+
+    template <int part>
+    FF_DEVICE void load(Consumer<M>& c) {
       constexpr int kSize = part_size(S::kFragments, S::kParts, part);
       c.acquire();
-      uint4 a[kSize];
       const u32 at = c.chunk_address() + c.warp * (kSize * 512) + c.lane * 16;
-      if (present) {
 #pragma unroll
-        for (int i = 0; i < kSize; i++) a[i] = load_shared4(at + i * 512);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kSize; i++) a[i] = make_uint4(0, 0, 0, 0);
-      }
+      for (int i = 0; i < kSize; i++) a[i] = load_shared4(at + i * 512);
       c.release();
+    }
+  };
+
+  // Multiply part `part` of a group and those after it; part 0 of the next group is loaded behind the last if there are `more`.
+  template <int part, int first>
+  static FF_DEVICE void multiply(Consumer<M>& c, const Operand<S>& x, float (&d)[2][4], Weights (&weights)[2], u32 octet, bool more) {
+    if constexpr (part < S::kParts) {
+      constexpr int kSize = part_size(S::kFragments, S::kParts, part);
+      Weights &now = weights[kAhead ? part % 2 : 0], &next = weights[(part + 1) % 2];
+      if constexpr (!kAhead) now.template load<part>(c);
+      else if constexpr (part + 1 < S::kParts) next.template load<part + 1>(c);
+      else if (more) next.template load<0>(c);
 #pragma unroll
       for (int i = 0; i < kSize; i++) {
         constexpr int kAlign = 4;
         const int slice = (first + i) / kAlign;
         const bool on = octet == (first + i) % kAlign;  // columns 2p and 2p + 1 hold the steps of fragment p
-        mma<T>(d[i & 1], a[i], on ? x.value[slice][0] : 0, on ? x.value[slice][1] : 0);
+        mma<T>(d[i & 1], now.a[i], on ? x.value[slice][0] : 0, on ? x.value[slice][1] : 0);
       }
-      multiply<part + 1, first + kSize>(c, x, d, octet, present);
+      multiply<part + 1, first + kSize>(c, x, d, weights, octet, more);
     }
   }
 

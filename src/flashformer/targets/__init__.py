@@ -31,14 +31,14 @@ class Target:
     shared_bytes: int = 0  # that one thread block may use
     finisher_warps: int = 3  # 8 consumers, 3 finishers and the producer: 168 registers each
     bulk_copy: bool = False  # cp.async.bulk and mbarrier transactions (sm_90 on); else cp.async
-    window_low: int = 0  # bytes in flight per SM while enough landed chunks wait
-    window_high: int = 0  # bytes in flight while fewer than `window_threshold` landed chunks wait
-    window_threshold: int = 0
+    # Bytes in flight per SM by the landed chunks that wait: (fewer than this many, bytes), the last for any number.
+    window: tuple[tuple[int, int], ...] = ()
     prefetch_chunks: int = 0  # how far L2 prefetches run ahead of a full ring
     prefetch_cycles: int = 0  # between two of them: an SM's fair share of the bandwidth
-    repoll_cycles: int = 0  # before words that had not arrived are polled again
-    combine_repoll_cycles: int = 0  # the same for the partial results of attention
+    first_look_cycles: int = 0  # before a vector is polled, until a reader has learnt how long it takes
+    repoll_cycles: int = 0  # between polls of what had not arrived
     kv_min_blocks: int = 2  # fewest blocks of the KV cache that are worth a piece of their own
+    kv_slack_bytes: int = 65536  # of the KV cache that an SM may read beyond its even share, so that it meets one head only
 
 
 def available() -> dict[str, Target]:

@@ -2,6 +2,8 @@
 
 from . import Target
 
+CHUNK = 16384  # bytes
+
 TARGET = Target(
     name="sm_90",
     kind="cuda",
@@ -9,7 +11,7 @@ TARGET = Target(
     description="NVIDIA Hopper (H100, H200)",
     workers=132,
     bandwidth_gb_s=4700.0,
-    exchange_us=0.35,
+    exchange_us=1.2,
     tile_rows=8,
     fragment_columns=32,
     warps=8,
@@ -17,11 +19,9 @@ TARGET = Target(
     max_fragments=128,
     shared_bytes=232448,
     bulk_copy=True,
-    window_low=3 * 16384,
-    window_high=5 * 16384,
-    window_threshold=2,
+    window=((1, 5 * CHUNK), (2, 4 * CHUNK), (8, 3 * CHUNK), (99, 2 * CHUNK)),
     prefetch_chunks=12,
     prefetch_cycles=900,
-    repoll_cycles=2000,
-    combine_repoll_cycles=400,
+    first_look_cycles=1700,
+    repoll_cycles=400,
 )

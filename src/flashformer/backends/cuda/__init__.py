@@ -1,7 +1,7 @@
 """The CUDA backend: one persistent cooperative kernel per model."""
 
 from .driver import DeviceInfo, probe
-from .pack import RandomWeights
-from .runner import CudaRunner, load_cuda
+from .random_weights import RandomWeights
+from .runner import CudaRunner, load
 
-__all__ = ["CudaRunner", "DeviceInfo", "RandomWeights", "load_cuda", "probe"]
+__all__ = ["CudaRunner", "DeviceInfo", "RandomWeights", "load", "probe"]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import PlanError
-from ...fuse import Rows
 from ...plan import COLUMN_HEADS, Plan, Stage, ceil_div, round_up
 
 HEADERS = Path(__file__).parent
@@ -55,7 +54,7 @@ PARAMETERS: tuple[tuple[str, str, type, str], ...] = (
 class Params(ctypes.Structure):
     """The kernel's one argument, laid out as the generated struct."""
 
-    _fields_ = [(name, kind) for name, _, kind, _ in PARAMETERS]  # noqa: RUF012
+    _fields_ = [(name, kind) for name, _, kind, _ in PARAMETERS]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,6 @@ class Source:
     stage_names: tuple[str, ...]  # by the number that a stuck kernel reports
     vectors: Vectors
     exchange_words: int
-    tile_words: int
 
 
 def threads(plan: Plan) -> int:
@@ -155,6 +153,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     body = plan.layer_stages(0)
     head = next(s for s in plan.stages if s.name == "head")
     combine = next(s for s in body if s.kind == "combine")
+    residuals = [s.name for s in body if s.publish_gamma]
     names = (STREAM, *(s.name for s in (embed, *body, head)), "token")
     words = 3 + 2 * c.num_layers
     for stage in plan.stages:
@@ -188,25 +187,23 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("u32", "kKvBlockBytes", kv.block_bytes),
         ("u32", "kKvChunkBlocks", min(SLOT_BYTES // kv.block_bytes, 16)),
         ("u32", "kKvMinBlocks", t.kv_min_blocks),
+        ("u32", "kKvSlackBlocks", max(t.kv_slack_bytes // kv.block_bytes, 1)),
         ("int", "kFinishers", t.finisher_warps),
         ("int", "kThreads", threads(plan)),
         ("bool", "kBulkCopy", t.bulk_copy),
         ("int", "kSharedBytes", t.shared_bytes),
         ("u32", "kSlotBytes", SLOT_BYTES),
-        ("u32", "kWindowLow", t.window_low),
-        ("u32", "kWindowHigh", t.window_high),
-        ("u32", "kWindowThreshold", t.window_threshold),
         ("u32", "kPrefetchChunks", t.prefetch_chunks),
         ("int", "kPrefetchCycles", t.prefetch_cycles),
-        ("int", "kRepollCycles", t.repoll_cycles),
-        ("int", "kCombineRepoll", t.combine_repoll_cycles),
+        ("u32", "kFirstLook", t.first_look_cycles),
+        ("u32", "kRepollCycles", t.repoll_cycles),
         ("bool", "kTrace", trace),
         ("int", "kStages", len(names)),
         ("u32", "kStreamWhere", names.index(STREAM)),
         ("u32", "kTokenWhere", names.index("token")),
     ]
     value = "Float16" if c.dtype == "float16" else "Bfloat16"
-    text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated; see the headers for what it does."]
+    text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated: the headers compute."]
     text.append('#include "prelude.cuh"\n')
     text.append("struct Params {")
     text += [f"  {kind} {name};{'  // ' + note if note else ''}" for name, kind, _, note in PARAMETERS]
@@ -215,6 +212,9 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append("struct Model {")
     text.append(f"  using Value = {value};")
     text += [f"  static constexpr {kind} {name} = {_literal(v)};" for kind, name, v in model]
+    *steps, (_, least) = t.window
+    window = "".join(f"waiting < {count} ? {nbytes} : " for count, nbytes in steps) + str(least)
+    text.append(f"  static FF_DEVICE u32 window(u32 waiting) {{ return {window}; }}  // bytes in flight")
     text.append("};\n")
 
     def struct(stage: Stage, tile_word: str = "") -> None:
@@ -230,7 +230,6 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 ("int", "kParts", g.parts),
                 ("bool", "kNorm", stage.linear.eps > 0),
                 ("float", "kEps", stage.linear.eps),
-                ("int", "kMomentIn", moments.get(stage.reads[0], 0)),
                 ("int", "kBias", vectors.bias.get(stage.name, -1) if stage.layer >= 0 else -1),
                 ("bool", "kNextLayer", stage.name == "down"),
             ]
@@ -238,11 +237,14 @@ def generate(plan: Plan, trace: bool = False) -> Source:
             text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
         if stage.kind == "combine":
             text.append("  using Source = Attention;")
-        gamma = vectors.embed_gamma if stage.kind == "embed" else vectors.gamma.get(stage.name, -1)
+        if stage.kind == "embed":
+            facts.append(("int", "kGamma", vectors.embed_gamma))
         if stage.publish_gamma:
-            facts += [("int", "kGamma", gamma), ("int", "kMomentOut", moments[stage.writes])]
-        else:
-            facts += [("int", "kGamma", 0), ("int", "kMomentOut", 0)]
+            # The norm weights that the residual stage after this one will need, in their layer.
+            following = residuals[(residuals.index(stage.name) + 1 if stage.name in residuals else 0) % len(residuals)]
+            facts += [("int", "kMomentOut", moments[stage.writes]), ("int", "kNextGamma", vectors.gamma[following])]
+        if stage.reads[0] in moments:
+            facts.append(("int", "kMomentIn", moments[stage.reads[0]]))
         if stage.reads and stage.reads[0] in buffers:
             facts.append(("int", "kInput", buffers[stage.reads[0]]))
         facts.append(("int", "kOutput", buffers[stage.writes]))
@@ -273,7 +275,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append("  }\n};\n")
     text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
-    return Source("\n".join(text) + "\n", names, vectors, exchange_words, words)
+    return Source("\n".join(text) + "\n", names, vectors, exchange_words)
 
 
 def include_paths() -> list[Path]:
@@ -285,11 +287,6 @@ def headers() -> dict[str, str]:
     """Every header's text by its path in the package: all of them belong to a kernel's cache key."""
     root = HEADERS.parent.parent
     return {str(p.relative_to(root)): p.read_text() for folder in (HEADERS, OPERATORS) for p in sorted(folder.glob("*.cuh"))}
-
-
-def row_places(rows: Rows, base: int) -> tuple[int, int, int]:
-    """(first row of the stage, group, stride) of a weight's rows: row r goes to base + r // group * stride + r % group."""
-    return base, rows.group, rows.stride
 
 
 def _camel(name: str) -> str:

@@ -79,7 +79,7 @@ def probe(ordinal: int = 0) -> DeviceInfo | None:
     name = check(driver.cuDeviceGetName(128, device), "ask the GPU its name")
     return DeviceInfo(
         ordinal,
-        name.decode().rstrip("\0"),
+        name.decode().split("\0")[0].strip(),
         capability,
         attribute(a.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
         attribute(a.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
@@ -169,7 +169,9 @@ class Context:
         """How many blocks of a kernel fit on one SM at a time."""
         return int(check(self.driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared), "ask for occupancy"))
 
-    def launch(self, function: Any, grid: int, threads: int, arguments: tuple[Any, ...], shared: int = 0, cooperative: bool = False) -> None:
+    def launch(
+        self, function: Any, grid: int, threads: int, arguments: tuple[Any, ...], shared: int = 0, cooperative: bool = False
+    ) -> None:
         """Start a kernel on our stream. Arguments are ctypes values or structures."""
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         where = ctypes.addressof(addresses)

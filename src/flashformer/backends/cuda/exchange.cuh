@@ -3,7 +3,7 @@
 // A word is 8 bytes: 4 of payload and a 4-byte tag that says which version it is; it is written and read as one access, so a
 // word whose tag is right is complete. A reader polls exactly the words that it needs. Tags never repeat, so nothing is reset.
 //
-// NOTE: early polls slow everybody down. Each reader looks once at once, then only after a delay.
+// NOTE: early polls slow everybody down, most of all those who are about to publish: see `Looks`.
 #pragma once
 #include "prelude.cuh"
 
@@ -62,10 +62,54 @@ struct Wait {
   }
 };
 
+// When a warp looks for a vector that others publish. Every look costs them time, so each reader learns for each stage how long
+// its data takes: it looks for the first time about when the data came in the layers before, and again only after a pause.
+// NOTE: this decides when, never what: a result does not depend on it.
+template <class M>
+struct Looks {
+  static constexpr u32 kLater = 48, kSooner = 64;  // cycles: less than half of the first looks find all, so nobody looks much too late
+  static constexpr u32 kLatest = 40000;
+  Wait wait;
+  u32 since = clock32(), pause;
+  u32 place;  // shared memory where this warp keeps what it learnt for this stage; 0: it has waited already and looks at once
+  bool first = true;
+
+  FF_DEVICE explicit Looks(u32 place) : pause(place ? load_shared(place) : 0), place(place) {}
+
+  // Before each look; false: give up.
+  FF_DEVICE bool again(const Watch& watch) {
+    if (!first && __any_sync(kAllLanes, wait.expired(watch))) return false;
+    while (clock32() - since < pause) {
+    }
+    return true;
+  }
+  // After each look of all lanes, each with its part; true: all of it is here.
+  FF_DEVICE bool found(bool here, u32 lane) {
+    here = __all_sync(kAllLanes, here);
+    if (first && place && lane == 0) {
+      const u32 sooner = pause > kSooner ? pause - kSooner : 0, later = pause < kLatest ? pause + kLater : pause;
+      store_shared(place, here ? sooner : later);
+    }
+    first = false;
+    since = clock32();
+    pause = M::kRepollCycles;
+    return here;
+  }
+};
+
+// All lanes of a warp wait for a phase of a barrier.
 FF_DEVICE void barrier_wait(u32 bar, u32 parity, const Watch& watch) {
-  if (barrier_try(bar, parity)) return;
+#if __CUDA_ARCH__ >= 900
+  if (__builtin_expect(barrier_try(bar, parity), 1)) return;
   Wait wait;
 #pragma unroll 1
   while (!barrier_try(bar, parity))
     if (wait.expired(watch)) return;
+#else
+  // NOTE: lanes leave together. Could they leave one by one, the compiler would guard what follows by calls, and spill for them.
+  Wait wait;
+#pragma unroll 1
+  while (!__all_sync(kAllLanes, barrier_test(bar, parity)))
+    if (__any_sync(kAllLanes, wait.expired(watch))) return;
+#endif
 }

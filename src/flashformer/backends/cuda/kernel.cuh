@@ -19,6 +19,8 @@ FF_DEVICE void decode(const Params& p) {
   __syncthreads();
   for (u32 i = thread; i < M::kTileWords; i += M::kThreads)
     store_shared(shared + L::kTiles + i * 4, p.tiles[i * M::kWorkers + blockIdx.x]);
+  for (u32 i = thread; i < (kConsumers + M::kFinishers) * M::kStages; i += M::kThreads)
+    store_shared(shared + L::kLooks + i * 4, i % M::kStages ? M::kFirstLook : 0);
   if (thread == 0) {
     for (int s = 0; s < L::kSlots; s++) {
       barrier_init(shared + L::kFull + s * 8, M::kBulkCopy ? 1 : 32);
@@ -29,6 +31,7 @@ FF_DEVICE void decode(const Params& p) {
       barrier_init(shared + L::kReductionEmpty + b * 8, 1);
     }
     barrier_init(shared + L::kDone, kConsumers);
+    barrier_init(shared + L::kAttended, kConsumers);
     fence_copy_engine();
   }
   __syncthreads();
@@ -39,7 +42,7 @@ FF_DEVICE void decode(const Params& p) {
     for (u32 step = 0; step < p.steps && role.wait_step(step); step++) Story::token(role, step);
   } else if (warp < kConsumers + M::kFinishers) {
     Finisher<M> role{block};
-    role.index = warp - kConsumers;
+    role.index = role.turn = warp - kConsumers;
     role.token = p.forced[0];
     for (u32 step = 0; step < p.steps && role.wait_step(step); step++) {
       role.best = -INFINITY;

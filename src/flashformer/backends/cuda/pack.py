@@ -6,10 +6,8 @@ The host needs two pinned staging buffers and nothing else, whatever the size of
 from __future__ import annotations
 
 import ctypes
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +18,7 @@ from ...tape import Tape, tile_offsets
 from .. import Progress
 from .codegen import Vectors
 from .driver import Context
+from .random_weights import RandomWeights
 
 STAGING_BYTES = 64 << 20
 THREADS = 256
@@ -27,28 +26,17 @@ TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # SourceType in tools.cuh
 
 
 class Weights(Protocol):
-    """What is packed: a checkpoint, or `RandomWeights`."""
+    """What is packed: a checkpoint. The matrices of `RandomWeights` are drawn on the device."""
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor, or some of its rows, as bfloat16, float16 or float32."""
         ...
 
 
-@dataclass(frozen=True)
-class RandomWeights:
-    """Weights that exist only on the device: uniform, scaled so that activations stay of order one; for benchmarks."""
-
-    seed: int = 1
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Vectors only: norm weights near one, biases near zero. Matrices are drawn on the device."""
-        raise CheckpointError(f"random weights have no host copy of {name}")
-
-
 class PackJob(ctypes.Structure):
     """The packing kernel's argument: `PackJob` in tools.cuh."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_uint64) for name in ("source", "tape", "tile_offset", "strange")),
         *((name, ctypes.c_uint32) for name in ("type", "half_type", "first_row", "rows", "columns")),
         *((name, ctypes.c_uint32) for name in ("row_base", "row_group", "row_stride", "column_group", "column_stride")),
@@ -60,7 +48,7 @@ class PackJob(ctypes.Structure):
 class Packer:
     """Packs one model's weights through staging buffers that it owns."""
 
-    def __init__(self, context: Context, tools: Any, plan: Plan, weights: Weights | RandomWeights, progress: Progress) -> None:
+    def __init__(self, context: Context, tools: Any, plan: Plan, weights: Weights, progress: Progress) -> None:
         self.context, self.plan, self.weights, self.progress = context, plan, weights, progress
         self.pack = context.function(tools, "flashformer_pack")
         self.convert = context.function(tools, "flashformer_convert")
@@ -107,13 +95,13 @@ class Packer:
         hidden, vocab = self.plan.config.hidden_size, self.plan.config.vocab_size
         name = self.plan.embedding
         for source, kind, first, rows, flag in self._pieces(name, vocab, hidden):
-            pairs = rows * hidden // 2
+            values = rows * hidden
             to = embedding + first * hidden * 2
             arguments = (
-                ctypes.c_uint64(source), ctypes.c_uint64(to), ctypes.c_uint64(pairs),
+                ctypes.c_uint64(source), ctypes.c_uint64(to), ctypes.c_uint64(values),
                 ctypes.c_uint32(kind), ctypes.c_uint32(self.half_type), ctypes.c_uint64(flag),
             )  # fmt: skip
-            self.context.launch(self.convert, -(-pairs // THREADS), THREADS, arguments)
+            self.context.launch(self.convert, -(-values // (2 * THREADS)), THREADS, arguments)
 
     def _finish(self) -> list[str]:
         """Wait, free the staging buffers, and report which weights are not finite."""
@@ -134,13 +122,15 @@ class Packer:
         """A matrix in pieces on the device: (address, source type, first row, rows, flag); rows are multiples of 8."""
         flag = self._flag(name)
         if isinstance(self.weights, RandomWeights):
-            seed = zlib.crc32(name.encode()) ^ self.weights.seed
+            seed, scale = self.weights.stream(name)
             step = max(STAGING_BYTES // (columns * 2) // 8 * 8, 8)
             for first in range(0, rows, step):
                 count = min(step, rows - first)
-                to, pairs = self._take(), count * columns // 2
-                scale = ctypes.c_float(np.sqrt(3.0 / columns))
-                arguments = (ctypes.c_uint64(to), ctypes.c_uint64(pairs), ctypes.c_uint64(first * columns // 2), ctypes.c_uint32(seed), scale)
+                to, pairs = self._take(), -(-count * columns // 2)
+                arguments = (
+                    ctypes.c_uint64(to), ctypes.c_uint64(pairs), ctypes.c_uint64(first * columns // 2),
+                    ctypes.c_uint32(seed), ctypes.c_float(float(scale)),
+                )  # fmt: skip
                 self.context.launch(self.random, -(-pairs // THREADS), THREADS, arguments)
                 yield to, TYPES["bfloat16"], first, count, flag
                 self._give(count * columns * 2)
@@ -186,27 +176,25 @@ class Packer:
         self.progress("packing weights", min(self.done_bytes, self.total_bytes), self.total_bytes)
 
 
-def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights | RandomWeights) -> np.ndarray:
+def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights) -> np.ndarray:
     """Norm weights and biases, float32 [vectors.size], as the kernel finds them."""
     out = np.zeros(vectors.size, np.float32)
-    random = np.random.default_rng(weights.seed) if isinstance(weights, RandomWeights) else None
 
-    def vector(name: str, length: int) -> np.ndarray:
-        if random is not None:
-            centre = 0.0 if name.endswith(".bias") else 1.0
-            return (centre + 0.1 * random.standard_normal(length)).astype(np.float32)
+    def vector(name: str) -> np.ndarray:
         return np.asarray(weights.read(name)).astype(np.float32)
 
     rows = plan.target.tile_rows
     for stage in plan.stages:
         if stage.kind == "embed":
-            out[vectors.embed_gamma : vectors.embed_gamma + plan.config.hidden_size] = vector(stage.publish_gamma, plan.config.hidden_size)
+            out[vectors.embed_gamma : vectors.embed_gamma + plan.config.hidden_size] = vector(stage.publish_gamma)
+        base = stage.layer * vectors.layer_size
+        for at, name in zip((vectors.query_norm, vectors.key_norm), stage.head_norms, strict=False):
+            out[base + at : base + at + plan.kv.head_dim] = vector(name)
         if stage.linear is None or stage.layer < 0:
             continue
-        base = stage.layer * vectors.layer_size
         if stage.publish_gamma:
             at = base + vectors.gamma[stage.name]
-            out[at : at + plan.config.hidden_size] = vector(stage.publish_gamma, plan.config.hidden_size)
+            out[at : at + plan.config.hidden_size] = vector(stage.publish_gamma)
         first = 0
         for number, block in enumerate(stage.linear.blocks):
             if block.bias:
@@ -215,12 +203,8 @@ def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights | RandomWeight
                     place = r // (rows // 2) * rows + r % (rows // 2) + number * (rows // 2)
                 else:
                     place = first + r // block.group * block.stride + r % block.group
-                out[base + vectors.bias[stage.name] + place] = vector(block.bias, block.rows)
+                out[base + vectors.bias[stage.name] + place] = vector(block.bias)
             first += block.padded
-        if stage.name == "qkv" and plan.config.qk_norm:
-            for at, name in ((vectors.query_norm, "q_norm"), (vectors.key_norm, "k_norm")):
-                full = f"model.layers.{stage.layer}.self_attn.{name}.weight"
-                out[base + at : base + at + plan.kv.head_dim] = vector(full, plan.kv.head_dim)
     return out
 
 

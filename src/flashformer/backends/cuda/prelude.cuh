@@ -12,8 +12,14 @@ using u64 = unsigned long long;
 
 constexpr u32 kAllLanes = 0xffffffffu;
 
-FF_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-FF_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+template <class A, class B>
+FF_DEVICE constexpr A ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
+template <class A, class B>
+FF_DEVICE constexpr A round_up(A a, B b) {
+  return ceil_div(a, b) * b;
+}
 
 // ---- 16-bit values: half the kernel knows a value only as two of them in a register ----
 
@@ -178,6 +184,10 @@ FF_DEVICE void bulk_prefetch(const void* from, u32 bytes) {
 FF_DEVICE void async_copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+FF_DEVICE void async_copy4(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+FF_DEVICE void async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }  // for this thread's async_copy*
 // Arrive on `bar` when all earlier async_copy16 of this thread have landed.
 FF_DEVICE void async_arrive(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");

@@ -28,15 +28,17 @@ struct Layout {
   static constexpr int kNewScore = kNewValue + M::kHeadPad * 4;              // this token's score, per query head
   static constexpr int kSoftmax = kNewScore + 8 * 4;                         // (maximum, sum) per warp and query head
   static constexpr int kResidual = kSoftmax + kConsumers * 8 * 8;
-  static constexpr int kTiles = kResidual + M::kOwnedTiles * 8 * 4;
-  static constexpr int kMoment = kTiles + M::kTileWords * 4;  // [2][finishers]: sums of squares
-  static constexpr int kBest = kMoment + 2 * 4 * 4;           // (logit, index) per finisher
+  static constexpr int kGamma = kResidual + M::kOwnedTiles * 8 * 4;  // [finishers]: norm weights of the owned rows
+  static constexpr int kTiles = kGamma + M::kFinishers * M::kOwnedTiles * 8 * 4;
+  static constexpr int kLooks = kTiles + M::kTileWords * 4;  // [warps][stages]: see `Looks`
+  static constexpr int kBest = round_up(kLooks + (kConsumers + M::kFinishers) * M::kStages * 4, 8);  // (logit, index) per finisher
   static constexpr int kStep = kBest + 4 * 8;                 // tokens done << 1 | last one
   static constexpr int kToken = kStep + 4;
   static constexpr int kReductionFull = round_up(kToken + 4, 8);
   static constexpr int kReductionEmpty = kReductionFull + kReductionBuffers * 8;
   static constexpr int kDone = kReductionEmpty + kReductionBuffers * 8;  // consumers are through with a token
-  static constexpr int kFull = kDone + 8;
+  static constexpr int kAttended = kDone + 8;  // consumers have published their part of attention
+  static constexpr int kFull = kAttended + 8;
   static constexpr int kMaxSlots = 16;
   static constexpr int kEmpty = kFull + kMaxSlots * 8;
   static constexpr int kRing = round_up(kEmpty + kMaxSlots * 8, 128);
@@ -48,6 +50,7 @@ struct Layout {
 // What a launch is told; `Params` is generated from one list that the host packs, too.
 template <class M>
 struct Block {
+  using Model = M;
   const Params& p;
   u32 shared;  // address of the dynamic shared memory
   u32 warp, lane;
@@ -55,7 +58,7 @@ struct Block {
 
   // Called as a stage begins. What is computed from these must not be kept from stage to stage: the compiler would, and spill.
   FF_DEVICE void enter(u32 stage, u32 layer) {
-    asm volatile("" : "+r"(lane), "+r"(shared));
+    asm volatile("" : "+r"(lane), "+r"(warp), "+r"(shared));
     watch.where = stage << 16 | layer;
   }
   // Timestamps of the launch's last token, for whoever asked for a trace: [roles][blocks][layers + 1][stages][2].
@@ -66,8 +69,13 @@ struct Block {
   }
   FF_DEVICE u64* words(int offset) const { return p.exchange + offset; }
   // Version tag of what is handed over in front of `layer` of the token that is being made.
-  FF_DEVICE u32 tag(u32 step, u32 layer) const { return (p.epoch + step) * (M::kLayers + 1) + layer; }
-  FF_DEVICE u32 position(u32 step) const { return p.start + step; }
+  // Opaque, so that what follows from a step is computed where it is used and not kept through all layers.
+  static FF_DEVICE u32 fresh(u32 step) {
+    asm volatile("" : "+r"(step));
+    return step;
+  }
+  FF_DEVICE u32 tag(u32 step, u32 layer) const { return (p.epoch + fresh(step)) * (M::kLayers + 1) + layer; }
+  FF_DEVICE u32 position(u32 step) const { return p.start + fresh(step); }
   // The prompt's tokens need no head unless their logits are wanted.
   FF_DEVICE bool wants_head(u32 step) const { return step + 1 >= p.forced_count || p.logits != nullptr; }
   // Tiles of this block: (first, count). Word 0: residual owners, 1: combine, 2 + 2 l: qkv, 3 + 2 l: gate_up, last: head.
@@ -75,6 +83,7 @@ struct Block {
     const u32 v = load_shared(shared + Layout<M>::kTiles + word * 4);
     return make_uint2(v >> 12, v & 4095);
   }
+  FF_DEVICE u32 looks_place(u32 stage) const { return shared + Layout<M>::kLooks + (warp * M::kStages + stage) * 4; }
   // Wait until `step` tokens of this launch are done; false: the launch ends there.
   FF_DEVICE bool wait_step(u32 step) {
     watch.where = M::kTokenWhere << 16;
@@ -95,7 +104,7 @@ struct Consumer : Block<M> {
   using L = Layout<M>;
   static constexpr int kRepoll = M::kRepollCycles;
   u32 slot = 0, phase = 0;  // of the ring
-  u32 handed = 0;           // groups handed to each finisher, modulo 4, one byte each
+  u32 turn = 0;             // groups handed over, modulo two rounds of the reduction buffers; buffer b is finisher b % finishers'
 
   FF_DEVICE u32 chunk_address() const { return this->shared + L::kRing + slot * M::kSlotBytes; }
   FF_DEVICE void acquire() const { barrier_wait(this->shared + L::kFull + slot * 8, phase, this->watch); }
@@ -107,17 +116,15 @@ struct Consumer : Block<M> {
       phase ^= 1;
     }
   }
-  // Hand one value a lane to the finisher of `group`. Each finisher has two buffers of its own: a buffer shared by two
-  // finishers would let one of them mistake the phase of its barrier.
-  FF_DEVICE void hand_over(u32 group, float value) {
-    const u32 finisher = group % M::kFinishers;
-    const u32 turn = handed >> (8 * finisher) & 3;
-    const u32 buffer = 2 * finisher + (turn & 1);
-    barrier_wait(this->shared + L::kReductionEmpty + buffer * 8, (turn >> 1) ^ 1, this->watch);
+  // Hand one value a lane to the next finisher. NOTE: a buffer always goes to the same finisher; if two shared one, one of them
+  // could mistake the phase of its barrier.
+  FF_DEVICE void hand_over(float value) {
+    const u32 phase = turn >= L::kReductionBuffers, buffer = phase ? turn - L::kReductionBuffers : turn;
+    barrier_wait(this->shared + L::kReductionEmpty + buffer * 8, phase ^ 1, this->watch);
     store_shared_float(this->shared + L::kReduction + (buffer * kConsumers + this->warp) * 128 + this->lane * 4, value);
     __syncwarp();
     if (this->lane == 0) barrier_arrive(this->shared + L::kReductionFull + buffer * 8);
-    handed = (handed + (1u << (8 * finisher))) & 0x03030303u;
+    turn = turn + 1 == 2 * L::kReductionBuffers ? 0 : turn + 1;
   }
   FF_DEVICE void sync() const { sync_threads<1, kConsumers * 32>(); }
 };
@@ -125,38 +132,50 @@ struct Consumer : Block<M> {
 template <class M>
 struct Finisher : Block<M> {
   using L = Layout<M>;
-  u32 index;        // of this finisher
-  u32 taken = 0;    // groups taken so far
-  u32 moments = 0;  // how many times `moment` was published
+  u32 index;             // of this finisher
+  u32 turn;              // groups of other finishers before this one's next
+  u32 half = 0, phase = 0;  // which of its two reduction buffers is next, and its phase
+  u32 attended = 0;  // how many times this block had a part of attention
   float best;       // greedy candidate of this lane
   u32 best_row;
   u32 token;
 
-  FF_DEVICE u32 buffer() const { return 2 * index + (taken & 1); }
-  FF_DEVICE void acquire() const {
-    barrier_wait(this->shared + L::kReductionFull + buffer() * 8, (taken >> 1) & 1, this->watch);
-  }
+  FF_DEVICE u32 buffer() const { return index + half * M::kFinishers; }
+  FF_DEVICE void acquire() const { barrier_wait(this->shared + L::kReductionFull + buffer() * 8, phase, this->watch); }
   FF_DEVICE void release() {
     __syncwarp();
     if (this->lane == 0) barrier_arrive(this->shared + L::kReductionEmpty + buffer() * 8);
-    taken++;
+    phase ^= half;
+    half ^= 1;
   }
   FF_DEVICE u32 residual(u32 local_tile, u32 row) const { return this->shared + L::kResidual + (local_tile * 8 + row) * 4; }
   FF_DEVICE void sync() const { sync_threads<2, M::kFinishers * 32>(); }
 
-  // Publish this block's sum of squares: lanes, then finishers, in fixed order.
+  // Norm weights of the owned rows, a residual stage ahead: the weights that stream by evict them from every cache, and a trip to
+  // memory would be waited for. Each finisher keeps a copy of its own.
+  FF_DEVICE void fetch_gamma(const float* from, uint2 owned) const {
+    for (u32 i = this->lane; i < owned.y * 8; i += 32) async_copy4(gamma_place(i), from + owned.x * 8 + i);
+  }
+  FF_DEVICE void await_gamma() const {
+    async_wait();
+    __syncwarp();
+  }
+  FF_DEVICE float gamma(u32 local_tile, u32 row) const { return load_shared_float(gamma_place(local_tile * 8 + row)); }
+  FF_DEVICE u32 gamma_place(u32 i) const { return this->shared + L::kGamma + (index * M::kOwnedTiles * 8 + i) * 4; }
+
+  // Publish the sum of squares of the owned rows, always summed in the same order. It also makes what this finisher stored in the
+  // residual visible to the others: a row's next finisher may be another one.
   // NOTE: only owners of hidden tiles do. A block without work would run ahead and overwrite what others still wait for.
-  FF_DEVICE void publish_moment(float sum, int offset, u32 tag, uint2 owned) {
+  FF_DEVICE void publish_moment(int offset, u32 tag, uint2 owned) const {
     if (owned.y == 0) return;
-    sum = warp_sum(sum);
-    const u32 at = this->shared + L::kMoment + (moments++ & 1) * 16;
-    if (this->lane == 0) store_shared_float(at + index * 4, sum);
     sync();
-    if (index == 0 && this->lane == 0) {
-      float total = 0;
-#pragma unroll
-      for (int f = 0; f < M::kFinishers; f++) total += load_shared_float(at + f * 4);
-      store_word(this->words(offset) + (M::kOwners < M::kWorkers ? owned.x : blockIdx.x), __float_as_uint(total), tag);
+    if (index != 0) return;
+    float sum = 0;
+    for (u32 i = this->lane; i < owned.y * 8; i += 32) {
+      const float y = load_shared_float(residual(0, i));
+      sum += y * y;
     }
+    sum = warp_sum(sum);
+    if (this->lane == 0) store_word(this->words(offset) + (M::kOwners < M::kWorkers ? owned.x : blockIdx.x), __float_as_uint(sum), tag);
   }
 };

@@ -6,8 +6,6 @@ import ctypes
 import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +17,7 @@ from .. import Progress, RunStats, no_progress
 from .codegen import TILE_BITS, Params, Source, generate, threads
 from .compile import Kernel, compile_source
 from .driver import Context, DeviceInfo, probe
-from .pack import Packer, RandomWeights, Weights, gather_vectors, pack_words
+from .pack import THREADS, Packer, Weights, gather_vectors, pack_words
 
 MAX_STOP = 64  # stop tokens of a launch
 LOGIT_ROWS = 64  # positions of a launch that returns logits
@@ -43,7 +41,7 @@ def device_for(plan: Plan) -> DeviceInfo:
 class CudaRunner:
     """Implements `Runner` (backends/__init__.py) on one GPU; `weights` are packed as it is made."""
 
-    def __init__(self, plan: Plan, weights: Weights | RandomWeights, progress: Progress = no_progress) -> None:
+    def __init__(self, plan: Plan, weights: Weights, progress: Progress = no_progress) -> None:
         self.plan = plan
         self.stats = RunStats()
         self.info = device_for(plan)
@@ -59,11 +57,11 @@ class CudaRunner:
             self.context.close()
             raise
 
-    def _load(self, weights: Weights | RandomWeights, tools: Kernel, progress: Progress) -> None:
+    def _load(self, weights: Weights, tools: Kernel, progress: Progress) -> None:
         """Claim memory, pack the weights, and make ready to launch."""
         plan, context = self.plan, self.context
         tape: Tape = lay_tapes(plan)
-        embedding_bytes = plan.config.vocab_size * plan.config.hidden_size * 2
+        embedding_bytes = plan.embedding_bytes() + 2  # the kernels convert two values at a time
         kv_bytes = plan.config.num_layers * plan.kv.layer_bytes
         needed = tape.nbytes + embedding_bytes + kv_bytes + (256 << 20)
         free = context.free_bytes()
@@ -91,7 +89,7 @@ class CudaRunner:
         entries[:, :, 1] = tape.size.T
         for index, stage in enumerate(plan.stages):
             if stage.kind == "attention":
-                entries[:, :, 0][tape.stage.T == index] = stage.layer
+                entries[np.arange(plan.target.workers), tape.first_chunk(index), 0] = stage.layer
         head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
         config = plan.config
         self.token_address, tokens = context.allocate_pinned(8 * (plan.max_context + 1), "tokens")
@@ -100,7 +98,6 @@ class CudaRunner:
         self.cancel = cancel.view(np.uint32)
         self.status = context.allocate(8, "status", fill=0)
         self.exchange_bytes = self.source.exchange_words * 8
-        self.logit_rows = 0
         self.logit_address = 0
         self.forced = context.allocate(4 * plan.max_context, "prompt")
         self.stop = context.allocate(4 * MAX_STOP, "stop tokens")
@@ -132,7 +129,8 @@ class CudaRunner:
             raise DeviceError("this model has been closed")
         steps = len(tokens) - 1 + count
         if not tokens or count < 1 or start < 0 or start + steps > self.plan.max_context:
-            raise DeviceError(f"{len(tokens)} tokens at position {start} and {count} more do not fit into {self.plan.max_context} positions")
+            room = self.plan.max_context
+            raise DeviceError(f"{len(tokens)} tokens at position {start} and {count} more do not fit into {room} positions")
         if len(stop) > MAX_STOP:
             raise DeviceError(f"{len(stop)} stop tokens; at most {MAX_STOP} are supported")
         self.context.use()
@@ -232,6 +230,36 @@ class CudaRunner:
         self.finish()
         return seconds
 
+    def fill_kv(self) -> None:
+        """Random values for every position of the KV cache: a benchmark reads positions that nobody has computed."""
+        pairs = self.plan.config.num_layers * self.plan.kv.layer_bytes // 4
+        arguments = (
+            ctypes.c_uint64(self.params.kv), ctypes.c_uint64(pairs), ctypes.c_uint64(0), ctypes.c_uint32(1), ctypes.c_float(1.0),
+        )  # fmt: skip
+        self.context.use()
+        self.context.launch(self.context.function(self.tools, "flashformer_random"), -(-pairs // THREADS), THREADS, arguments)
+
+    def trace(self, start: int, count: int) -> np.ndarray:
+        """When the last of `count` greedy tokens from position `start` passed each stage: nanoseconds (`Block::mark`, roles.cuh).
+
+        uint64 [2 roles, workers, layers + 1, stages, 2 events], 0 where nothing was marked; stages are `source.stage_names`.
+        A kernel with timestamps is built for it; the weights stay where they are.
+        """
+        context, target, source = self.context, self.plan.target, generate(self.plan, trace=True)
+        kernel = compile_source(source.text, target)
+        stamps = np.zeros((2, target.workers, self.plan.config.num_layers + 1, len(source.stage_names), 2), np.uint64)
+        context.use()
+        plain, self.function = self.function, context.function(context.load(kernel.cubin), "flashformer_decode")
+        self.params.trace = context.upload(stamps, "timestamps")
+        try:
+            context.allow_shared(self.function, target.shared_bytes)
+            self.launch([1], start, count)
+            self.finish()
+            return context.download(self.params.trace, stamps, "timestamps")
+        finally:
+            context.free(self.params.trace)
+            self.params.trace, self.function = 0, plain
+
     def read_bandwidth(self) -> float:
         """Best of plain vector loads and bulk copies over the weights, in GB/s; see `Runner.read_bandwidth`."""
         context, nbytes = self.context, min(self.arena_bytes, 16 << 30)
@@ -242,7 +270,7 @@ class CudaRunner:
             nbytes = 2 << 30
             address = context.allocate(nbytes, "a bandwidth test", fill=1)
         best = 0.0
-        for name, threads, per_sm, shared in (("flashformer_read", 512, 4, 0), ("flashformer_read_bulk", 160, 1, 8 * 16384)):
+        for name, block, per_sm, shared in (("flashformer_read", 512, 4, 0), ("flashformer_read_bulk", 160, 1, 8 * 16384)):
             if shared and not self.plan.target.bulk_copy:
                 continue
             function = context.function(self.tools, name)
@@ -251,7 +279,7 @@ class CudaRunner:
             for _ in range(6):
                 arguments = (ctypes.c_uint64(address), ctypes.c_uint64(nbytes), ctypes.c_uint64(self.status))
                 first = context.event()
-                context.launch(function, self.info.workers * per_sm, threads, arguments, shared)
+                context.launch(function, self.info.workers * per_sm, block, arguments, shared)
                 best = max(best, nbytes / context.elapsed(first, context.event()) / 1e9)
         if own:
             context.free(address)
@@ -262,11 +290,8 @@ class CudaRunner:
         self.context.close()
 
 
-def load_cuda(plan: Plan, weights: Weights | RandomWeights, progress: Progress = no_progress) -> CudaRunner:
+def load(plan: Plan, weights: Weights, progress: Progress = no_progress) -> CudaRunner:
     """Compile `plan`, pack `weights`, and return the model ready to run."""
     return CudaRunner(plan, weights, progress)
 
 
-def without_bulk_copies(plan_target: Any, older: Any) -> Any:
-    """The numbers and code path of an older target, compiled for the present GPU: how the older path is tested here."""
-    return replace(older, arch=plan_target.arch, workers=plan_target.workers)

@@ -7,21 +7,40 @@
 #pragma once
 #include "roles.cuh"
 
-// A block's share of one layer's KV cache: blocks [next, end) of all heads' blocks laid end to end, cut evenly by bytes.
+// A thread block's share of one layer's KV cache: cache blocks [next, end) of all heads' blocks laid end to end. Each takes an
+// equal part of one head, as long as that leaves them nearly even; where it does not (long contexts), the blocks of all heads are
+// cut evenly by bytes, and a share may hold the end of one head and the beginning of the next.
 // Depends on nothing but the length, so the same position gives the same bits.
 template <class M>
 struct KvShare {
-  u32 per_head, total, active, next, end;
+  u32 per_head, total, active;
+  u32 pieces;  // of a head; 0: cut evenly
+  u32 next, end;
 
   FF_DEVICE KvShare(u32 position, u32 block) {
     per_head = position / 16 + 1;  // blocks of a head, this token's own included
     total = per_head * M::kVirtualHeads;
+    constexpr u32 kMost = M::kWorkers / M::kVirtualHeads;
+    pieces = ceil_div(per_head, M::kKvMinBlocks);
+    if (pieces > kMost) pieces = kMost;
+    if (kMost == 0 || ceil_div(per_head, pieces) > total / M::kWorkers + M::kKvSlackBlocks) pieces = 0;
     const u32 most = ceil_div(total, M::kKvMinBlocks);
-    active = most < M::kWorkers ? most : M::kWorkers;
+    active = pieces ? pieces * M::kVirtualHeads : most < M::kWorkers ? most : M::kWorkers;
     next = first(block);
     end = first(block + 1);
   }
-  FF_DEVICE u32 first(u32 block) const { return block < active ? block * total / active : total; }
+  FF_DEVICE u32 first(u32 block) const {
+    if (block >= active) return total;
+    if (pieces) return block / pieces * per_head + block % pieces * per_head / pieces;
+    return block * total / active;
+  }
+  // Thread blocks with the first and the last piece of a head.
+  FF_DEVICE u32 first_owner(u32 head) const { return pieces ? head * pieces : owner(head * per_head); }
+  FF_DEVICE u32 last_owner(u32 head) const { return pieces ? (head + 1) * pieces - 1 : owner((head + 1) * per_head - 1); }
+  // Which piece of a thread block belongs to a head.
+  FF_DEVICE u32 piece(u32 block, u32 head) const { return pieces ? 0 : head - first(block) / per_head; }
+
+ private:
   FF_DEVICE u32 owner(u32 flat) const { return ((flat + 1) * active - 1) / total; }
 };
 
@@ -42,7 +61,7 @@ struct Producer : Block<M> {
   u32 slot_bytes = 0;  // lane s: bytes of the copy into slot s
   u32 in_flight = 0;
   u32 ahead = 0;  // entries that were prefetched beyond the load cursor
-  u32 last_prefetch = 0;
+  u32 last_prefetch = 0, prefetch_pause = 0;  // clocks
 
   FF_DEVICE void run() {
     window[0] = fetch(0, this->lane);
@@ -116,7 +135,7 @@ struct Producer : Block<M> {
   }
   FF_DEVICE bool may_issue() const {
     if (issued - freed >= L::kSlots) return false;
-    return in_flight < (landed - freed < M::kWindowThreshold ? M::kWindowHigh : M::kWindowLow);
+    return in_flight < M::window(landed - freed);
   }
   // Until another copy may be issued; false: the launch is over.
   FF_DEVICE bool wait_room() {
@@ -138,7 +157,7 @@ struct Producer : Block<M> {
   }
   FF_DEVICE void prefetch() {
     const u32 now = clock32();
-    if (ahead >= M::kPrefetchChunks || now - last_prefetch < M::kPrefetchCycles) return;
+    if (ahead >= M::kPrefetchChunks || now - last_prefetch < prefetch_pause) return;
     // NOTE: a branch, not a selection: the second half may still be on its way, and the stream must not wait for it.
     uint2 e;
     if (offset + ahead < 32) e = pick(window[0], offset + ahead);
@@ -147,6 +166,7 @@ struct Producer : Block<M> {
     if (e.y) {
       if (this->lane == 0) bulk_prefetch(this->p.tape + (u64)e.x * 512, e.y);
       last_prefetch = now;
+      prefetch_pause = e.y / 512 * M::kPrefetchCycles / (M::kSlotBytes / 512);
     }
     ahead++;
   }

@@ -85,9 +85,12 @@ extern "C" __global__ void flashformer_pack(const __grid_constant__ PackJob job)
 }
 
 // Source values -> 16-bit values of the kernel, two a thread.
-extern "C" __global__ void flashformer_convert(const void* source, u32* to, u64 pairs, u32 type, u32 half_type, u32* strange) {
+extern "C" __global__ void flashformer_convert(const void* source, u32* to, u64 values, u32 type, u32 half_type, u32* strange) {
   const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < pairs) to[i] = half_type ? convert_pair<Float16>(source, 2 * i, 2, type, strange) : convert_pair<Bfloat16>(source, 2 * i, 2, type, strange);
+  if (2 * i >= values) return;
+  const u32 count = values - 2 * i > 1 ? 2 : 1;
+  to[i] = half_type ? convert_pair<Float16>(source, 2 * i, count, type, strange)
+                    : convert_pair<Bfloat16>(source, 2 * i, count, type, strange);
 }
 
 // Random bf16 values, uniform in [-scale, scale): a counter through an integer hash, so any part can be made alone.

@@ -1,0 +1,15 @@
+"""FlashFormer: the whole forward pass of a decoder transformer in one kernel, generated for one model.
+
+    import flashformer
+
+    with flashformer.load("demo") as engine:
+        for result in engine.generate("The capital of France is"):
+            print(result.text, end="")
+"""
+
+from .engine import Engine, Result, load
+from .errors import FlashFormerError
+from .sampling import SamplingParams
+from .version import __version__
+
+__all__ = ["Engine", "FlashFormerError", "Result", "SamplingParams", "__version__", "load"]

@@ -1,0 +1,5 @@
+"""`python -m flashformer` is the command `flashformer`."""
+
+from .cli import main
+
+main()

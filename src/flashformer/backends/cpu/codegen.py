@@ -1,0 +1,274 @@
+"""Plan -> the source of one library: shapes as `constexpr` structs, then the story of a token as calls into the headers.
+
+Strings instantiate, headers compute. What the host and the library must agree on (structs, stage numbers, places in the
+memory of values and of vectors) is decided here once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...plan import Plan, Stage, ceil_div, round_up
+from ..source import Field, camel, constants, ctypes_fields, struct
+
+HEADERS = Path(__file__).parent
+OPERATORS = HEADERS.parent.parent / "ops"
+LINE = 32  # values in a cache line of 16-bit values, kLine in prelude.h
+ALIGNMENT = 16  # floats in a cache line
+LAYER_RANGES = 2  # number of the first tile range that a layer has of its own: after those of embed and combine
+
+# A model in memory.
+PARAMETERS: tuple[Field, ...] = (
+    ("tape", "const u8*", ctypes.c_void_p, "all workers' weights, then an embedding table that is no head"),
+    ("tape_start", "const u64*", ctypes.c_void_p, "[workers] bytes"),
+    ("ranges", "const Range*", ctypes.c_void_p, "[workers][kRanges]"),
+    ("vectors", "const float*", ctypes.c_void_p, "[layers + 1][kLayerVectors] norm weights and biases; the last are the head's"),
+    ("rope", "const float*", ctypes.c_void_p, "[positions][head_dim / 2] (cos, sin)"),
+    ("embedding", "const Segment*", ctypes.c_void_p, "where the rows of the table lie, ascending"),
+)
+
+# One launch: `forced` tokens at positions start.., then the model's own, `steps` tokens through the model in all.
+LAUNCH: tuple[Field, ...] = (
+    ("forced", "const u32*", ctypes.c_void_p, "[forced_count]"),
+    ("stop", "const u32*", ctypes.c_void_p, "[stop_count] tokens that end the launch"),
+    ("tokens", "u32*", ctypes.c_void_p, "[steps - forced_count + 1] as they are made"),
+    ("logits", "float*", ctypes.c_void_p, "[steps][vocab], or null"),
+    ("limit", "double", ctypes.c_double, "seconds that a worker waits for the others"),
+    ("forced_count", "u32", ctypes.c_uint32, ""),
+    ("stop_count", "u32", ctypes.c_uint32, ""),
+    ("start", "u32", ctypes.c_uint32, ""),
+    ("steps", "u32", ctypes.c_uint32, ""),
+)
+
+# How far a launch is.
+STATUS: tuple[Field, ...] = (
+    ("first", "double", ctypes.c_double, "seconds from the start to the first token"),
+    ("last", "double", ctypes.c_double, "seconds from the start to the newest token"),
+    ("made", "u32", ctypes.c_uint32, "tokens"),
+    ("running", "u32", ctypes.c_uint32, "0: it has ended"),
+    ("given_up", "u32", ctypes.c_uint32, "1 + (stage << 16 | layer) of a wait that took too long"),
+)
+
+
+class Params(ctypes.Structure):
+    """`Params` of the generated source."""
+
+    _fields_ = ctypes_fields(PARAMETERS)
+
+
+class Launch(ctypes.Structure):
+    """`Launch` of the generated source."""
+
+    _fields_ = ctypes_fields(LAUNCH)
+
+
+class Status(ctypes.Structure):
+    """`Status` of the generated source."""
+
+    _fields_ = ctypes_fields(STATUS)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Where norm weights and biases lie in the memory of vectors, in floats. Layer l's begin at l * layer_size."""
+
+    layer_size: int
+    bias: dict[str, int]  # stage name -> offset in its layer
+    gamma: dict[str, int]  # name of the stage that norms its input -> offset in its layer; the head is layer num_layers
+    query_norm: int
+    key_norm: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A generated library and what the host needs to run it."""
+
+    text: str
+    stage_names: tuple[str, ...]  # by the number that a stuck worker reports
+    vectors: Vectors
+    ranges: int  # tile ranges of one worker
+
+
+def linear_stages(plan: Plan, layer: int) -> tuple[Stage, ...]:
+    """The linear stages of a layer; of layer num_layers: the head."""
+    return tuple(s for s in plan.layer_stages(layer if layer < plan.config.num_layers else -1) if s.linear)
+
+
+def columns(stage: Stage) -> int:
+    """Columns of a linear stage, including the zero padding."""
+    assert stage.geometry is not None
+    return stage.geometry.columns
+
+
+def place_buffers(plan: Plan) -> tuple[dict[str, int], int]:
+    """Offsets of the buffers in the memory of values, and its size, in floats.
+
+    The residual vector has one place: barriers part those who read it from those who add to it.
+    """
+    residual = {s.writes for s in plan.stages if s.kind == "embed" or (s.linear and s.linear.epilogue == "residual")}
+    places: dict[str, int] = {}
+    size = 0
+    for b in plan.buffers:
+        if b.kind == "token":
+            continue
+        known = [places[name] for name in residual & places.keys()] if b.name in residual else []
+        places[b.name] = known[0] if known else size
+        if b.name == "partials":
+            size += plan.target.workers * pieces(plan) * plan.kv.virtual_heads // plan.kv.heads * plan.kv.virtual_group * partial_size(plan)
+        elif not known:
+            size += round_up(b.values, plan.target.fragment_columns)
+    return places, size
+
+
+def pieces(plan: Plan) -> int:
+    """Most kv heads of which one worker holds a part in attention."""
+    return ceil_div(plan.kv.heads, plan.target.workers) + 1
+
+
+def partial_size(plan: Plan) -> int:
+    """Floats of one query head's partial result: its outputs, then maximum and sum."""
+    return round_up(plan.kv.head_pad + 2, ALIGNMENT)
+
+
+def place_vectors(plan: Plan) -> Vectors:
+    """Lay out norm weights and biases: biases are padded to the rows of their stage's tiles, norm weights to its columns."""
+    bias: dict[str, int] = {}
+    gamma: dict[str, int] = {}
+    size = 0
+
+    def take(floats: int) -> int:
+        nonlocal size
+        at = size
+        size += round_up(floats, ALIGNMENT)
+        return at
+
+    for stage in linear_stages(plan, 0):
+        assert stage.linear is not None
+        if any(b.bias for b in stage.linear.blocks):
+            bias[stage.name] = take(stage.tiles * plan.target.tile_rows)
+        if stage.linear.eps:
+            gamma[stage.name] = take(columns(stage))
+    query_norm = key_norm = 0
+    if plan.config.qk_norm:
+        query_norm, key_norm = take(plan.kv.head_dim), take(plan.kv.head_dim)
+    (head,) = linear_stages(plan, plan.config.num_layers)
+    return Vectors(size, bias, {**gamma, head.name: 0}, query_norm, key_norm)
+
+
+def generate(plan: Plan) -> Source:
+    """The library's source text."""
+    c, t, kv = plan.config, plan.target, plan.kv
+    buffers, values = place_buffers(plan)
+    vectors = place_vectors(plan)
+    embed, body = plan.stages[0], plan.layer_stages(0)
+    linears = linear_stages(plan, 0)
+    (head,) = linear_stages(plan, c.num_layers)
+    names = tuple(s.name for s in (embed, *body, head))
+    ranges = LAYER_RANGES + len(linears) * c.num_layers + 1
+    splits = kv.virtual_heads // kv.heads
+    scratch = max(columns(head), splits * kv.virtual_group * kv.head_pad)
+
+    model: list[tuple[str, str, object]] = [
+        ("u32", "kWorkers", t.workers),
+        ("u32", "kLayers", c.num_layers),
+        ("u32", "kVocab", c.vocab_size),
+        ("int", "kHeads", c.num_heads),
+        ("int", "kKvHeads", kv.heads),
+        ("int", "kHeadDim", kv.head_dim),
+        ("int", "kHeadPad", kv.head_pad),
+        ("int", "kGroup", kv.group),
+        ("int", "kSplits", splits),
+        ("int", "kQueries", kv.virtual_group),
+        ("bool", "kHeadNorm", c.qk_norm),
+        ("float", "kHeadEps", c.norm_eps),
+        ("float", "kScoreScale", math.log2(math.e) / math.sqrt(c.head_dim)),
+        ("int", "kQueryNorm", vectors.query_norm),
+        ("int", "kKeyNorm", vectors.key_norm),
+        ("int", "kLayerVectors", vectors.layer_size),
+        ("int", "kEmbeddingLines", columns(head) // LINE),
+        ("u64", "kKvBlocks", kv.blocks),
+        ("u64", "kKvBlockBytes", kv.block_bytes),
+        ("int", "kPieces", pieces(plan)),
+        ("int", "kPartial", partial_size(plan)),
+        ("int", "kRanges", ranges),
+        ("int", "kLayerRanges", len(linears)),
+        ("u64", "kValues", values),
+        ("int", "kScratch", round_up(scratch, ALIGNMENT)),
+    ]
+
+    def stage(s: Stage, number: int) -> list[str]:
+        """The struct of a stage; `number` is that of its tile range."""
+        facts: list[tuple[str, str, object]] = [("u32", "kWhere", names.index(s.name))]
+        if s.reads[0] in buffers:
+            facts.append(("int", "kInput", buffers[s.reads[0]]))
+        if s.writes in buffers:
+            facts.append(("int", "kOutput", buffers[s.writes]))
+        if s.kind != "attention":
+            facts.append(("int", "kRange", number))
+        types = ["  using Source = Attention;"] if s.kind == "combine" else []
+        if s.linear:
+            types = [f"  static constexpr Epilogue kEpilogue = Epilogue::k{camel(s.linear.epilogue)};"]
+            facts += [
+                ("int", "kColumns", s.linear.columns_used),
+                ("int", "kLines", columns(s) // LINE),
+                ("bool", "kNorm", s.linear.eps > 0),
+                ("float", "kEps", s.linear.eps),
+                ("int", "kGamma", vectors.gamma.get(s.name, 0)),
+                ("int", "kBias", -1 if s is head else vectors.bias.get(s.name, -1)),
+            ]
+        return [f"struct {camel(s.name)} {{", *types, *constants(facts), "};"]
+
+    numbers = {"embed": 0, "combine": 1, **{s.name: LAYER_RANGES + i for i, s in enumerate(linears)}, head.name: LAYER_RANGES}
+    calls = {"linear": "Linear", "attention": "Attention", "combine": "Combine"}
+    text = [
+        f"// {c.architecture}: {c.num_layers} layers, {t.workers} workers. Generated; see the headers for what it does.",
+        '#include "prelude.h"',
+        "",
+        f"constexpr int kTileRows = {t.tile_rows};",
+        "",
+        "struct Range;",
+        "struct Segment;",
+        *struct("Params", PARAMETERS),
+        *struct("Launch", LAUNCH),
+        *struct("Status", STATUS),
+        '#include "engine.h"',
+        "",
+        "struct Model {",
+        f"  using Value = {camel(c.dtype)};",
+        *constants(model),
+        "};",
+        "",
+        "namespace stage {",
+        *(line for s in (embed, *body, head) for line in stage(s, numbers.get(s.name, 0))),
+        "}  // namespace stage",
+        "",
+        "// One token, as every worker walks it.",
+        "struct Story {",
+        "  static void token(Worker<Model>& worker) {",
+        "    worker.run<Embed<Model, stage::Embed>>();",
+        "    for (u32 layer = 0; layer < Model::kLayers; layer++) {",
+        *(f"      worker.run<{calls[s.kind]}<Model, stage::{camel(s.name)}>>(layer);" for s in body),
+        "    }",
+        "    if (!worker.wants_head) return;",
+        "    worker.run<Linear<Model, stage::Head>>(Model::kLayers);",
+        "    worker.token = Argmax<Model>::run(worker);",
+        "  }",
+        "};",
+        "",
+        '#include "entry.h"',
+    ]
+    return Source("\n".join(text) + "\n", names, vectors, ranges)
+
+
+def include_paths() -> list[Path]:
+    """Folders that the generated source includes from."""
+    return [HEADERS, OPERATORS]
+
+
+def headers() -> dict[str, str]:
+    """Every header's text by its path in the package: all of them belong to a library's cache key."""
+    root = HEADERS.parent.parent
+    return {str(p.relative_to(root)): p.read_text() for folder in (HEADERS, OPERATORS) for p in sorted(folder.glob("*.h"))}

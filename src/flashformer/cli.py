@@ -1,0 +1,268 @@
+"""The command line: `flashformer generate`, `explain`, `check`, `bench` and `cache`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__, env
+from .errors import FlashFormerError, InputError
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .engine import Engine
+
+_MODEL_HELP = "MODEL is a Hugging Face folder, a GGUF file, 'demo', or a name on the Hugging Face hub."
+_device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run.")
+_context = click.option("--max-context", type=click.IntRange(1), help="Positions of the KV cache; default: what model and memory allow.")
+_FAILED, _INTERRUPTED = 2, 130
+
+
+class Commands(click.Group):
+    """A group whose commands end with one line instead of a traceback when something goes wrong."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a FlashFormerError becomes "error: ..." and exit status 2, Ctrl-C exit status 130."""
+        warnings.showwarning = _show_warning
+        try:
+            return super().invoke(ctx)
+        except FlashFormerError as error:
+            with contextlib.suppress(FlashFormerError):  # FF_DEBUG itself may be what is wrong
+                if env.debug_level():
+                    traceback.print_exc()
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(_FAILED)
+        except KeyboardInterrupt:
+            click.echo("", err=True)
+            ctx.exit(_INTERRUPTED)
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line."""
+    click.echo(f"warning: {message}", err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="flashformer")
+def main() -> None:
+    """Run a language model as one kernel: the whole forward pass, generated for this model and this device.
+
+    FF_DEBUG=1..6 tells more about what happens, FF_CACHE_DIR and FF_THREADS change where and how.
+    """
+
+
+@main.command(epilog=_MODEL_HELP)
+@click.argument("model")
+@click.option("-p", "--prompt", required=True, help="The prompt; '-' reads it from standard input.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Most tokens to make.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
+@click.option("--chat/--raw", default=None, help="Use the model's chat template, or not; default: if it has one.")
+@click.option("--stats", is_flag=True, help="Say afterwards how fast it was.")
+@_device
+@_context
+def generate(
+    model: str, prompt: str, max_tokens: int, stop: tuple[str, ...], chat: bool | None, stats: bool, device: str, max_context: int | None
+) -> None:
+    """Print a model's answer to a prompt as it is made (greedy)."""
+    from .engine import load
+    from .sampling import SamplingParams
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    params = SamplingParams(max_tokens=max_tokens, stop=stop)
+    with load(model, device, max_context) as engine:
+        for note in engine.config.notes:
+            click.echo(f"note: {note}", err=True)
+        if not prompt:
+            raise InputError("the prompt is empty")
+        if chat or (chat is None and engine.tokenizer.has_chat_template):
+            results = engine.generate(engine.chat_prompt([{"role": "user", "content": prompt}]), params)
+        else:
+            results = engine.generate(prompt, params)
+        with contextlib.closing(results):
+            for result in results:
+                click.echo(result.text, nl=False)
+                sys.stdout.flush()
+        click.echo()
+        if stats:
+            _tell_stats(engine)
+
+
+def _tell_stats(engine: Engine) -> None:
+    """Speed of the last generation, against what the memory could do."""
+    s = engine.stats
+    click.echo(f"prompt: {s.prompt_tokens} tokens, first token after {s.prompt_seconds * 1e3:.1f} ms", err=True)
+    if s.generated_tokens < 2:
+        click.echo("too few tokens were made to measure a speed", err=True)
+        return
+    ceiling = engine.runner.read_bandwidth()
+    rate = s.bytes_read / s.generate_seconds / 1e9
+    click.echo(
+        f"{(s.generated_tokens - 1) / s.generate_seconds:.1f} tokens/s on {engine.device.name}: {rate:.1f} GB/s, "
+        f"{rate / ceiling:.0%} of the {ceiling:.1f} GB/s that a plain read reaches",
+        err=True,
+    )
+
+
+@main.command(epilog=_MODEL_HELP + " config.json alone is enough; named shapes such as llama-3.1-8b work too.")
+@click.argument("model")
+@click.option("--target", "target_name", help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or cpu; default: this machine's.")
+@click.option("--workers", type=click.IntRange(1), help="SMs or cores; default: those of a typical device.")
+@click.option("--context", type=click.IntRange(0), help="Earlier positions of the predicted token; default: 1,024.")
+@_context
+def explain(model: str, target_name: str | None, workers: int | None, context: int | None, max_context: int | None) -> None:
+    """Show a model's configuration and the plan of its kernel. Needs no GPU."""
+    from rich.console import Console
+
+    from .engine import find_device
+    from .explain import render
+    from .models import build_graph
+    from .plan import make_plan
+    from .targets import get
+    from .validate import validate
+
+    config = _configuration(model)
+    target = get(target_name) if target_name else find_device().target
+    positions = min(config.max_positions, max_context or config.max_positions)
+    plan = make_plan(config, build_graph(config), replace(target, workers=workers or target.workers), positions)
+    if context is not None and context >= plan.max_context:
+        raise InputError(f"--context is {context}; there are {plan.max_context} positions")
+    validate(plan)
+    Console(soft_wrap=not sys.stdout.isatty()).print(render(plan, context))
+
+
+def _configuration(model: str) -> ModelConfig:
+    """The configuration of a model, reading as little as possible; `model` may be a config.json or a named shape."""
+    from .checkpoint import open_checkpoint
+    from .config import read_config
+    from .hub import resolve
+    from .shapes import SHAPES
+
+    path = Path(model)
+    if path.name == "config.json" and path.is_file():
+        return read_config(path.parent)
+    if model in SHAPES and not path.exists():
+        return SHAPES[model]
+    path = resolve(model, config_only=True)
+    if path.is_dir():
+        return read_config(path)
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.config
+
+
+@main.command(epilog=_MODEL_HELP)
+@click.argument("model")
+@click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, help="Positions to compare.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random token ids.")
+@_device
+@click.pass_context
+def check(ctx: click.Context, model: str, tokens: int, seed: int, device: str) -> None:
+    """Compare the kernel on this device with a plain reference on this very model; exit status 1 if it is out of tolerance."""
+    from .check import check_runner, sample_tokens
+    from .engine import load
+    from .models import build_graph
+    from .reference import Reference
+
+    with load(model, device, max_context=None) as engine:
+        if tokens >= engine.max_context:
+            raise InputError(f"--tokens is {tokens}; the context holds {engine.max_context}")
+        click.echo(f"Comparing {tokens} positions on {engine.device.name} with the reference ...", err=True)
+        reference = Reference(build_graph(engine.config), engine.checkpoint)
+        result = check_runner(engine.runner, reference, sample_tokens(engine.config, tokens, seed))
+    click.echo(result.describe())
+    if not result.within:
+        ctx.exit(1)
+
+
+@main.command(epilog=_MODEL_HELP + " A named shape such as llama-3.1-8b is measured with random weights.")
+@click.argument("model")
+@click.option("--context", "contexts", default="1024", show_default=True, help="Earlier positions; several with commas between them.")
+@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens of a launch.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Launches at each context.")
+@click.option("--baselines", default="", help="Run beside ours: torch.compile, transformers, llama.cpp, vllm (with commas), or all.")
+@click.option("--check/--no-check", "checked", default=True, show_default=True, help="Compare the kernel with the reference first.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Merge the records into this file.")
+@click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Write the spans of one token for ui.perfetto.dev.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw where that token's time goes (.png or .svg).")
+@_device
+def bench(
+    model: str, contexts: str, tokens: int, repeats: int, baselines: str, checked: bool, json_path: Path | None,
+    trace_path: Path | None, plot_path: Path | None, device: str,
+) -> None:  # fmt: skip
+    """Measure decoding on this GPU against the read ceiling, and show where the time goes.
+
+    A trace and its plot are of one token at the shortest context.
+    """
+    from rich.console import Console
+
+    from . import trace as tracing
+    from .bench import Bench, choose_baselines, compare_with, gpu_target, open_subject
+    from .plots import draw_trace, require
+    from .progress import bars
+    from .records import save, table
+
+    if device == "cpu":
+        raise InputError("bench measures a GPU; for a CPU see: flashformer generate MODEL --stats --device cpu")
+    try:
+        wanted = [int(c) for c in contexts.split(",")]
+    except ValueError:
+        raise InputError(f"--context is {contexts!r}; it must be whole numbers with commas between them") from None
+    for path in filter(None, (json_path, trace_path, plot_path)):
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path}: there is no folder {path.parent} to write into")
+    if plot_path:
+        require(plot_path)
+    chosen = choose_baselines(name.strip() for name in baselines.split(",") if name.strip())
+    gpu_target()
+    with open_subject(model) as subject:
+        with bars() as told, Bench(subject, wanted, tokens, checked, told) as ready:
+            if moved := set(wanted) - set(ready.contexts):
+                most = subject.config.max_positions
+                told_of = f"context {max(moved):,} is measured at {most - tokens:,}: the last {tokens} of {most:,} positions"
+                click.echo(f"note: {told_of}", err=True)
+            records = [ready.measure(context, repeats) for context in ready.contexts]
+            traced = ready.trace(ready.contexts[0]) if trace_path or plot_path else None
+        # NOTE: all that is known is written first: a baseline may take the process down.
+        token_us = records[0].ms * 1e3
+        if json_path:
+            save(records, json_path)
+        if traced and trace_path:
+            tracing.write_chrome(traced, trace_path)
+        if traced and plot_path:
+            draw_trace(plot_path, traced, token_us)
+        compare_with(chosen, subject.config, records, lambda text: click.echo(text, err=True))
+    if json_path:
+        save(records, json_path)
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has no width of its own
+    console.print(table(records))
+    if traced:
+        console.print(tracing.table(traced, token_us))
+
+
+@main.command()
+@click.option("--clear", is_flag=True, help="Remove everything that was built or packed.")
+def cache(clear: bool) -> None:
+    """Show what the cache of kernels and packed weights holds."""
+    from .build import Cache
+
+    kept = Cache(env.cache_dir())
+    if clear:
+        click.echo(f"freed {kept.clear() / 1e6:.1f} MB in {kept.root}")
+        return
+    entries = kept.entries()
+    for kind in sorted({entry.kind for entry in entries}):
+        sizes = [entry.nbytes for entry in entries if entry.kind == kind]
+        click.echo(f"{kind:16} {len(sizes):5} entries {sum(sizes) / 1e6:10.1f} MB")
+    click.echo(f"{'all':16} {len(entries):5} entries {sum(e.nbytes for e in entries) / 1e6:10.1f} MB in {kept.root}")
+

@@ -1,0 +1,207 @@
+// Attention of one token: kv heads x blocks of the KV cache are cut into equal runs, one a worker; `Combine` joins the parts.
+//
+// A block holds 16 positions: first the keys (a line is two dimensions of 16 positions), then the values (a line is 16
+// dimensions of two positions), so that scores and sums need no shuffles.
+#pragma once
+#include <limits>
+
+#include "rmsnorm.h"
+#include "rope.h"
+#include "worker.h"
+
+constexpr int kBlockPositions = kHalf;
+constexpr int kChunkBlocks = 16;  // whose scores are held at a time
+constexpr int kChunk = kChunkBlocks * kBlockPositions;
+
+// How the blocks of all heads are shared: unit = head * blocks + block; worker w has the units [begin(w), begin(w + 1)).
+template <class M>
+struct Share {
+  u64 blocks, units;
+
+  explicit Share(u32 position) : blocks(position / kBlockPositions + 1), units(blocks * M::kKvHeads) {}
+  u64 begin(u64 worker) const { return worker * units / M::kWorkers; }
+  u64 owner(u64 unit) const { return ((unit + 1) * M::kWorkers - 1) / units; }
+  u64 first_head(u64 worker) const { return begin(worker) / blocks; }
+};
+
+// Partial results: [workers][kPieces][kSplits * kQueries heads][kHeadPad outputs, then maximum and sum].
+template <class M, class S>
+inline float* partial(const Worker<M>& w, u64 worker, u64 piece) {
+  return w.values(S::kOutput) + (worker * M::kPieces + piece) * M::kSplits * M::kQueries * M::kPartial;
+}
+
+template <class M, class S>
+struct Attention {
+  using Stage = S;
+  using V = typename M::Value;
+  static constexpr int kQ = M::kQueries;
+  static constexpr int kVectors = kQ <= 4 ? kHalf / kLanes : 1;  // independent sums that fit the registers
+  static constexpr int kStep = kVectors * kLanes;
+  static constexpr int kKeyLines = M::kHeadPad / 2, kColumns = M::kHeadPad / kHalf;
+
+  static void run(Worker<M>& w, u32 layer) {
+    const Share<M> share(w.position);
+    const u64 end = share.begin(w.index + 1);
+    u64 count;
+    for (u64 unit = share.begin(w.index); unit < end; unit += count) {
+      const u32 head = u32(unit / share.blocks), first = u32(unit % share.blocks);
+      count = std::min(end - unit, share.blocks - first);
+      const u32 last = first + u32(count);
+      if (last == share.blocks) append(w, layer, head);
+      float* query = w.scratch();
+      read_queries(w, layer, head, query);
+      float* out = partial<M, S>(w, w.index, head - share.first_head(w.index));
+      for (int split = 0; split < M::kSplits; split++)
+        attend(w, layer, head, first, last, query + split * kQ * M::kHeadPad, out + split * kQ * M::kPartial);
+    }
+  }
+
+ private:
+  // q/k norm and rotation of one head, in place.
+  static void turn(const Worker<M>& w, float* head, const float* gamma) {
+    if (M::kHeadNorm) {
+      float squares = 0;
+      for (int d = 0; d < M::kHeadDim; d++) squares += head[d] * head[d];
+      const float scale = 1.0f / std::sqrt(squares / float(M::kHeadDim) + M::kHeadEps);
+      for (int d = 0; d < M::kHeadDim; d++) head[d] *= scale * gamma[d];
+    }
+    rope(head, w.turns(), M::kHeadDim);
+  }
+
+  // The query heads of a kv head, scaled for powers of two; those that only fill up the last split are zero.
+  static void read_queries(const Worker<M>& w, u32 layer, u32 head, float* query) {
+    const float* from = w.values(S::kInput) + head * M::kGroup * M::kHeadPad;
+    for (int g = 0; g < M::kSplits * kQ; g++, query += M::kHeadPad, from += M::kHeadPad) {
+      std::memset(query, 0, M::kHeadPad * sizeof(float));
+      if (g >= M::kGroup) continue;
+      std::memcpy(query, from, M::kHeadDim * sizeof(float));
+      turn(w, query, w.layer_vectors(layer) + M::kQueryNorm);
+      for (int d = 0; d < M::kHeadDim; d++) query[d] *= M::kScoreScale;
+    }
+  }
+
+  // Key and value of the present position go into the cache.
+  static void append(const Worker<M>& w, u32 layer, u32 head) {
+    u16* block = w.kv_block(layer, head, w.position / kBlockPositions);
+    const int at = w.position % kBlockPositions;
+    const float* from = w.values(S::kInput) + (M::kHeads + head) * M::kHeadPad;
+    float* key = w.scratch();
+    std::memcpy(key, from, M::kHeadDim * sizeof(float));
+    turn(w, key, w.layer_vectors(layer) + M::kKeyNorm);
+    for (int d = 0; d < M::kHeadDim; d++) block[d / 2 * kLine + V::place(d % 2, at)] = V::narrow(key[d]);
+    const float* value = from + M::kKvHeads * M::kHeadPad;
+    u16* lines = block + (kKeyLines + at / 2 * kColumns) * kLine;
+    for (int d = 0; d < M::kHeadDim; d++) {
+      u16* line = lines + d / kHalf * kLine;
+      line[V::place(at % 2, d % kHalf)] = V::narrow(value[d]);
+      // NOTE: the other position of this line is read with weight zero, and what an earlier text left there may be a NaN.
+      if (at % 2 == 0) line[V::place(1, d % kHalf)] = 0;
+    }
+  }
+
+  // Softmax over the positions of blocks [first, last) as far as they exist, and the sum of their values, for kQ heads.
+  static void attend(const Worker<M>& w, u32 layer, u32 head, u32 first, u32 last, const float* query, float* out) {
+    alignas(64) float scores[kQ][kChunk];
+    for (int g = 0; g < kQ; g++) {
+      std::memset(out + g * M::kPartial, 0, M::kHeadPad * sizeof(float));
+      out[g * M::kPartial + M::kHeadPad] = -std::numeric_limits<float>::infinity();
+      out[g * M::kPartial + M::kHeadPad + 1] = 0;
+    }
+    for (u32 chunk = first; chunk < last; chunk += kChunkBlocks) {
+      const u32 end = std::min(chunk + kChunkBlocks, last);
+      const int positions = int(std::min(end * kBlockPositions, w.position + 1) - chunk * kBlockPositions);
+      for (u32 block = chunk; block < end; block++) score(scores, (block - chunk) * kBlockPositions, query, w.kv_block(layer, head, block));
+      for (int g = 0; g < kQ; g++) weigh(scores[g], positions, out + g * M::kPartial);
+      for (int c = 0; c < kColumns; c++)
+        for (int i = 0; i < kHalf; i += kStep) gather(out + c * kHalf + i, scores, positions, w.kv_block(layer, head, chunk), c, i);
+    }
+  }
+
+  // NOTE: keys and values take turns, in which hardware prefetchers lose their way: each line fetches that of the next chunk.
+  static void prefetch_next(const u16* line) { prefetch(line + kChunkBlocks * M::kKvBlockBytes / 2); }
+
+  // Scores of the 16 positions of one block.
+  static void score(float (&scores)[kQ][kChunk], int at, const float* query, const u16* keys) {
+    for (int i = 0; i < kHalf; i += kStep) {
+      Vec total[kQ][kVectors] = {};
+      for (int d = 0; d < M::kHeadDim; d += 2) {
+        prefetch_next(keys + d / 2 * kLine);
+        for (int v = 0; v < kVectors; v++) {
+          Vec even, odd;
+          V::load(keys + d / 2 * kLine, i + v * kLanes, even, odd);
+          for (int g = 0; g < kQ; g++) {
+            total[g][v] += even * query[g * M::kHeadPad + d];
+            total[g][v] += odd * query[g * M::kHeadPad + d + 1];
+          }
+        }
+      }
+      for (int g = 0; g < kQ; g++)
+        for (int v = 0; v < kVectors; v++) store(scores[g] + at + i + v * kLanes, total[g][v]);
+    }
+  }
+
+  // Scores -> weights relative to the largest so far; what was summed before is scaled down to it.
+  static void weigh(float* scores, int positions, float* out) {
+    const int padded = round_up(positions, kHalf);
+    float &largest = out[M::kHeadPad], &total = out[M::kHeadPad + 1];
+    Vec best = splat(largest), sums{};
+    for (int j = positions; j < padded; j++) scores[j] = -std::numeric_limits<float>::infinity();
+    for (int j = 0; j < padded; j += kLanes) best = larger(load(scores + j), best);
+    const float now = maximum(best), scale = exp2_fast(largest - now);
+    for (int j = 0; j < padded; j++) scores[j] = exp2_fast(scores[j] - now);
+    for (int j = positions; j < padded; j++) scores[j] = 0;
+    for (int j = 0; j < padded; j += kLanes) sums += load(scores + j);
+    total = total * scale + sum(sums);
+    largest = now;
+    for (int d = 0; d < M::kHeadPad; d++) out[d] *= scale;
+  }
+
+  // out[g] += weights x values, for kStep dimensions from i on of column block c.
+  static void gather(float* out, const float (&weights)[kQ][kChunk], int positions, const u16* block, int c, int i) {
+    Vec total[kQ][kVectors];
+    for (int g = 0; g < kQ; g++)
+      for (int v = 0; v < kVectors; v++) total[g][v] = load(out + g * M::kPartial + v * kLanes);
+    for (int j = 0; j < positions; j += 2) {
+      const u16* line = block + u64(j / kBlockPositions) * (M::kKvBlockBytes / 2) + (kKeyLines + j % kBlockPositions / 2 * kColumns + c) * kLine;
+      prefetch_next(line);
+      for (int v = 0; v < kVectors; v++) {
+        Vec even, odd;
+        V::load(line, i + v * kLanes, even, odd);
+        for (int g = 0; g < kQ; g++) {
+          total[g][v] += even * weights[g][j];
+          total[g][v] += odd * weights[g][j + 1];
+        }
+      }
+    }
+    for (int g = 0; g < kQ; g++)
+      for (int v = 0; v < kVectors; v++) store(out + g * M::kPartial + v * kLanes, total[g][v]);
+  }
+};
+
+// The parts of each head become its output, always summed in the order of the positions.
+template <class M, class S>
+struct Combine {
+  using Stage = S;
+
+  static void run(Worker<M>& w, u32) {
+    const Share<M> share(w.position);
+    const Range own = w.range(S::kRange);
+    for (u32 tile = own.first; tile < own.first + own.count; tile++) {
+      const u32 row = tile * kTileRows, head = row / M::kHeadPad, d = row % M::kHeadPad;
+      const u64 kv_head = head / M::kGroup, first = kv_head * share.blocks;
+      const u64 begin = share.owner(first), end = share.owner(first + share.blocks - 1) + 1;
+      float largest = -std::numeric_limits<float>::infinity(), total = 0, out[kTileRows] = {};
+      for (u64 p = begin; p < end; p++) {
+        if (share.begin(p) == share.begin(p + 1)) continue;  // more workers than units
+        const float* part = partial<M, typename S::Source>(w, p, kv_head - share.first_head(p)) + head % M::kGroup * M::kPartial;
+        const float maximum = part[M::kHeadPad], now = maximum > largest ? maximum : largest;
+        const float before = exp2_fast(largest - now), scale = exp2_fast(maximum - now);
+        total = total * before + part[M::kHeadPad + 1] * scale;
+        for (int r = 0; r < kTileRows; r++) out[r] = out[r] * before + part[d + r] * scale;
+        largest = now;
+      }
+      float* to = w.values(S::kOutput) + row;
+      for (int r = 0; r < kTileRows; r++) to[r] = out[r] / total;
+    }
+  }
+};

@@ -1,0 +1,114 @@
+"""Every kernel compiles for every GPU, without spills. Needs NVRTC, but no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+
+from flashformer.backends.cuda.codegen import PARAMETERS, Params, generate, headers, threads
+from flashformer.config import ModelConfig
+from flashformer.errors import BuildError
+from flashformer.models import build_graph
+from flashformer.plan import Plan, make_plan
+from flashformer.shapes import shape
+from flashformer.targets import available, get
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+
+CUDA = sorted(name for name, target in available().items() if target.kind == "cuda")
+SHAPES = ["smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "qwen3-14b"]
+LARGE = ["qwen3-32b", "llama-3.1-70b"]  # do not fit the older GPUs
+REGISTERS = 65536  # of an SM
+
+
+def odd(**changes: object) -> ModelConfig:
+    """A small configuration with unusual sizes."""
+    sizes: dict[str, object] = {
+        "architecture": "Qwen3ForCausalLM", "hidden_size": 200, "num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "head_dim": 24,
+        "ffn_size": 341, "vocab_size": 1003, "norm_eps": 1e-6, "rope_theta": 1e4, "max_positions": 512, "qk_norm": True, "qkv_bias": True,
+    }  # fmt: skip
+    return ModelConfig(**{**sizes, **changes})  # type: ignore[arg-type]
+
+
+ODD = {
+    "odd": odd(),
+    "mqa": odd(num_heads=12, num_kv_heads=1, head_dim=8),
+    "wide heads": odd(head_dim=256, dtype="float16"),
+    "large vocabulary": odd(vocab_size=262144, hidden_size=2560, head_dim=256, ffn_size=6912),
+}
+
+
+def planned(config: ModelConfig, target: str) -> Plan:
+    """The plan of a model on a typical device of a target."""
+    return make_plan(config, build_graph(config), get(target))
+
+
+def assert_clean(plan: Plan) -> None:
+    """Compile and look at what the assembler says."""
+    from flashformer.backends.cuda.compile import compile_source
+
+    kernel = compile_source(generate(plan).text, plan.target)
+    assert len(kernel.cubin) > 10_000
+    assert kernel.spills == 0, kernel.log
+    assert 0 < kernel.registers <= 255
+    # Warps share the registers of the SM's four parts.
+    warps = -(-threads(plan) // 32 // 4) if threads(plan) % 128 == 0 else threads(plan) // 128 + 1
+    assert kernel.registers * 32 * warps * 4 <= REGISTERS
+
+
+@pytest.mark.parametrize("target", CUDA)
+@pytest.mark.parametrize("name", SHAPES)
+def test_real_shapes(name: str, target: str) -> None:
+    assert_clean(planned(shape(name), target))
+
+
+@pytest.mark.parametrize("target", [t for t in CUDA if get(t).bulk_copy])
+@pytest.mark.parametrize("name", LARGE)
+def test_large_shapes(name: str, target: str) -> None:
+    assert_clean(planned(shape(name), target))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_shapes(name: str, target: str) -> None:
+    assert_clean(planned(ODD[name], target))
+
+
+@pytest.mark.parametrize("target", CUDA)
+def test_tools(target: str) -> None:
+    from flashformer.backends.cuda.compile import compile_source
+
+    assert compile_source('#include "tools.cuh"\n', get(target), "cuda-tools").spills == 0
+
+
+def test_every_target_has_a_file_that_says_what_it_is() -> None:
+    assert {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"} <= set(CUDA)
+    for name in CUDA:
+        assert get(name).name == name and get(name).shared_bytes > 0
+
+
+def test_host_and_kernel_agree_on_the_parameters() -> None:
+    """The structure that Python fills and the one that the source declares have the same members in the same order."""
+    text = generate(planned(odd(), "sm_90")).text
+    body = re.search(r"struct Params \{(.*?)\n\};", text, re.S)
+    assert body is not None
+    assert re.findall(r"(\w+);", body[1]) == [name for name, *_ in PARAMETERS]
+    assert ctypes.sizeof(Params) == sum(ctypes.sizeof(kind) for _, _, kind, _ in PARAMETERS)  # no padding between them
+
+
+def test_generation_is_reproducible() -> None:
+    assert generate(planned(odd(), "sm_90")).text == generate(planned(odd(), "sm_90")).text
+
+
+def test_the_source_names_no_folder_of_this_machine() -> None:
+    assert all("/" not in name.split("/", 1)[0] for name in headers())
+    assert "/" not in "".join(re.findall(r'#include "([^"]+)"', generate(planned(odd(), "sm_90")).text))
+
+
+def test_a_source_that_does_not_compile_shows_the_log() -> None:
+    from flashformer.backends.cuda.compile import compile_source
+
+    with pytest.raises(BuildError, match="undefined_name"):
+        compile_source("__global__ void f() { undefined_name(); }", get("sm_90"))

@@ -1,0 +1,187 @@
+"""The engine's own work: checks, stops, texts, life cycle. The kernel is played by a runner whose tokens are known."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flashformer
+from flashformer import SamplingParams
+from flashformer.backends import RunStats
+from flashformer.checkpoint import open_checkpoint
+from flashformer.engine import Device, Engine, default_context, find_device
+from flashformer.errors import DeviceError, InputError
+from flashformer.models import build_graph
+from flashformer.plan import make_plan
+from flashformer.shapes import shape
+from flashformer.targets import get
+from model_files import make_config, write_folder
+
+CONTEXT = 32
+
+
+class FakeRunner:
+    """Yields `answer`, token by token, and remembers how it was used."""
+
+    def __init__(self, answer: Sequence[int], vocab: int) -> None:
+        self.answer, self.vocab = list(answer), vocab
+        self.stats = RunStats()
+        self.calls: list[tuple[list[int], int, int, frozenset[int]]] = []
+        self.open = self.closed = 0
+
+    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Iterator[int]:
+        self.calls.append((list(tokens), start, count, frozenset(stop)))
+        self.open += 1
+        try:
+            for token in self.answer[:count]:
+                yield token
+                if token in stop:
+                    return
+        finally:
+            self.open -= 1
+
+    def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
+        return np.zeros((len(tokens), self.vocab), np.float32)
+
+    def read_bandwidth(self) -> float:
+        return 1.0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("model"), make_config(vocab_size=300))
+
+
+def make_engine(folder: Path, answer: str | Sequence[int]) -> tuple[Engine, FakeRunner]:
+    """An engine whose model says `answer`."""
+    checkpoint = open_checkpoint(folder)
+    plan = make_plan(checkpoint.config, build_graph(checkpoint.config), get("cpu"), CONTEXT)
+    ids = checkpoint.tokenizer().encode(answer, add_special=False) if isinstance(answer, str) else answer
+    runner = FakeRunner(ids, checkpoint.config.vocab_size)
+    return Engine(plan, runner, checkpoint, Device("cpu", "CPU", plan.target, 1 << 30)), runner
+
+
+def test_text_comes_back_whole(folder: Path) -> None:
+    engine, runner = make_engine(folder, "A café, 東京 ✓")
+    results = list(engine.generate("hi", SamplingParams(max_tokens=40)))
+    assert "".join(r.text for r in results) == "A café, 東京 ✓"
+    assert [r.token for r in results] == runner.answer
+    assert [r.finish for r in results[:-1]] == [None] * (len(results) - 1)
+    assert runner.calls[0][0] == engine.tokenizer.encode("hi")
+
+
+def test_limits_end_with_length(folder: Path) -> None:
+    engine, _ = make_engine(folder, [40] * 100)
+    assert [r.finish for r in engine.generate([5, 6], SamplingParams(max_tokens=3))] == [None, None, "length"]
+    results = list(engine.generate([5] * (CONTEXT - 1), SamplingParams(max_tokens=50)))
+    assert len(results) == 2 and results[-1].finish == "length"  # one more position, and the token made after it
+    assert len(list(engine.generate([5] * CONTEXT))) == 1
+
+
+def test_eos_ends_unless_ignored(folder: Path) -> None:
+    engine, runner = make_engine(folder, [40, 41])
+    eos = engine.tokenizer.eos_ids[0]
+    runner.answer = [40, eos, 41]
+    results = list(engine.generate([5], SamplingParams()))
+    assert [(r.token, r.finish) for r in results] == [(40, None), (eos, "stop")] and results[-1].text == ""
+    assert [r.token for r in engine.generate([5], SamplingParams(max_tokens=3, ignore_eos=True))] == [40, eos, 41]
+    assert eos not in runner.calls[-1][3]
+
+
+def test_stop_id_and_stop_text(folder: Path) -> None:
+    engine, runner = make_engine(folder, "one two STOP three")
+    results = list(engine.generate("x", SamplingParams(stop=["STOP"])))
+    assert "".join(r.text for r in results) == "one two " and results[-1].finish == "stop"
+    assert runner.open == 0  # the kernel was told
+    token = runner.answer[2]
+    assert [r.token for r in engine.generate("x", SamplingParams(stop=[token]))] == runner.answer[:3]
+
+
+def test_leaving_early_frees_the_engine(folder: Path) -> None:
+    engine, runner = make_engine(folder, [40] * 10)
+    results = engine.generate([5])
+    next(results)
+    with pytest.raises(InputError, match="generating already"):
+        next(engine.generate([5]))
+    results.close()
+    assert runner.open == 0
+    assert len(list(engine.generate([5], SamplingParams(max_tokens=2)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty"),
+        ([1, 300], "token id 300 at position 1 is outside the vocabulary of 300"),
+        ([-1], "token id -1"),
+        ([1] * (CONTEXT + 1), f"33 tokens; the context holds {CONTEXT}"),
+        ([1.5], "whole numbers"),
+        ([[1], [2]], "whole numbers"),
+    ],
+)
+def test_wrong_prompts_are_refused_before_anything_runs(folder: Path, prompt: list[int], message: str) -> None:
+    engine, runner = make_engine(folder, [40])
+    with pytest.raises(InputError, match=message):
+        engine.generate(prompt)
+    with pytest.raises(InputError, match=message):
+        engine.logits(prompt)
+    assert runner.calls == []
+
+
+def test_the_chat_template_is_used(folder: Path) -> None:
+    engine, _ = make_engine(folder, [40])
+    ids = engine.chat_prompt([{"role": "user", "content": "Hello"}])
+    assert engine.tokenizer.decode(ids).count("Hello") == 1 and len(ids) > len(engine.tokenizer.encode("Hello", add_special=False))
+
+
+def test_closing_closes_everything_once(folder: Path) -> None:
+    engine, runner = make_engine(folder, [40])
+    with engine:
+        pass
+    engine.close()
+    assert runner.closed == 1
+    with pytest.raises(InputError, match="closed"):
+        next(engine.generate([5]))
+    with pytest.raises(InputError, match="closed"):
+        engine.logits([5])
+
+
+def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, make_config(vocab_size=300))
+    (folder / "tokenizer.json").unlink()
+    engine, _ = make_engine(folder, [40, 41])
+    assert [(r.token, r.text) for r in engine.generate([5], SamplingParams(max_tokens=2))] == [(40, ""), (41, "")]
+    with pytest.raises(flashformer.FlashFormerError, match="tokenizer"):
+        list(engine.generate([5], SamplingParams(stop=["x"])))
+    with pytest.raises(flashformer.FlashFormerError, match="tokenizer"):
+        engine.generate("text")
+
+
+def test_unknown_devices_are_refused() -> None:
+    with pytest.raises(InputError, match="device is 'tpu'"):
+        find_device("tpu")
+
+
+def test_cuda_without_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashformer.backends.cuda.probe", lambda: None)
+    with pytest.raises(DeviceError, match=r"no CUDA GPU.*--device cpu"):
+        find_device("cuda")
+    assert find_device("auto").backend == "cpu"
+
+
+def test_the_default_context_fits_the_memory() -> None:
+    config = shape("llama-3.1-8b")
+    graph = build_graph(config)
+    target = get("sm_90")
+    assert default_context(config, graph, Device("cuda", "GPU", target, 141 << 30)) == 131072
+    some = default_context(config, graph, Device("cuda", "GPU", target, 24 << 30))
+    assert 20_000 < some < 70_000  # 7 GB for 128 KB a position
+    assert default_context(config, graph, Device("cpu", "CPU", get("cpu"), 64 << 30)) == 8192
+    with pytest.raises(DeviceError, match="weights take 16"):
+        default_context(config, graph, Device("cuda", "GPU", target, 15 << 30))

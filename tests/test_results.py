@@ -1,0 +1,129 @@
+"""What the repository says about speed is what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashformer.errors import ConfigError, InputError
+from flashformer.models import build_graph
+from flashformer.plan import make_plan
+from flashformer.records import Record, load_records, save
+from flashformer.shapes import SHAPES, shape
+from flashformer.targets import get
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("decode-*.json"))
+
+
+def script(name: str) -> Any:
+    """A program of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_the_records() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/table.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_records_are_complete_and_consistent(path: Path) -> None:
+    for record in load_records(path):
+        ms = record.ms_per_token
+        assert 0 < ms["min"] <= ms["median"] <= ms["max"]
+        assert record.spread == pytest.approx((ms["max"] - ms["min"]) / ms["median"])
+        assert record.tokens_timed >= 128 and record.repeats >= 5
+        reached = record.bytes_per_token / record.ms / 1e6
+        assert record.fraction_of_ceiling == pytest.approx(reached / record.read_ceiling_gb_s)
+        assert record.checked is not None and record.checked["top1"] == 1
+        assert set(record.baselines) == set(record.baseline_versions)
+        if record.weights == "bf16":
+            config = shape(record.model)
+            plan = make_plan(config, build_graph(config), get("sm_90"))
+            assert record.bytes_per_token == plan.token_bytes(record.context + record.tokens_timed // 2)
+
+
+def test_unknown_shapes_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown shape 'nothing'.*llama-3.1-8b"):
+        shape("nothing")
+
+
+# --- How records become tables and pictures --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    """Round numbers, of three models at three contexts: ours at the ceiling of 4,000 GB/s, theirs at half of it."""
+    made = []
+    for name, size in (("qwen3-14b", 32), ("llama-3.2-1b", 4), ("llama-3.1-8b", 16)):
+        for context in (128, 1024, 30000):
+            nbytes = size * 10**9 + context * 10**5
+            ms = nbytes / 4e9
+            theirs = {"torch.compile": 2 * ms, "vllm": 2 * ms} if context < 30000 else {"torch.compile": 2 * ms}
+            record = Record(
+                name, "bf16", 1, context, 128, 5, {"min": ms, "median": ms, "max": ms}, 0.0, nbytes, 4000.0, 1.0, None, "all",
+                "NVIDIA Test", "1", f"2026-01-{context % 20 + 1:02d}", "abc", theirs, {n: f"{n} 1.0" for n in theirs},
+            )  # fmt: skip
+            made.append(record)
+    return made
+
+
+def test_the_table(records: list[Record]) -> None:
+    text = script("table").tables([*records, replace(records[0], gpu="Other GPU", baselines={}, baseline_versions={})])
+    assert script("table").tables([]) == ""
+    lines = text.splitlines()
+    assert lines[0].startswith("NVIDIA Test, bf16, batch 1, greedy, 2026-01-01 to 2026-01-09:")
+    assert "| model | 128 | 1,024 | 30,000 |" in lines
+    assert "| llama-3.1-8b | 250 (100.0%) | 248 (100.0%) | 211 (100.0%) |" in lines
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert rows == ["model", "llama-3.2-1b", "llama-3.1-8b", "qwen3-14b"] * 2 + ["model", "qwen3-14b"]  # by size
+    assert "| llama-3.1-8b | 4.026 | 8.051 (2.00x) | 8.051 (2.00x) |" in lines
+    assert "torch.compile: torch.compile 1.0; vllm: vllm 1.0." in lines
+
+
+def test_the_pictures(records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = script("plot")
+    plot.main(tmp_path, tmp_path)
+    assert "no records yet" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: plots)")
+    save(records, tmp_path / "decode-test.json")
+    plot.main(tmp_path, tmp_path)
+    for name in ("speed-by-size.svg", "speed-by-context.svg"):
+        text = (tmp_path / name).read_text()
+        for word in ("FlashFormer", "torch.compile", "vllm", "llama-3.2-1b", "% of the read ceiling", "tokens/s"):
+            assert word in text
+
+
+def test_what_is_drawn_is_what_was_measured(records: list[Record]) -> None:
+    plot = script("plot")
+    (_, rate), (_, share) = plot.READINGS
+    assert rate(records[0], records[0].ms) == pytest.approx(1e3 / records[0].ms)
+    assert share(records[0], records[0].ms) == pytest.approx(100)
+    assert share(records[0], records[0].baselines["vllm"]) == pytest.approx(50)
+
+
+def test_decode_passes_over_contexts_that_a_model_does_not_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    decode = script("decode")
+    assert all(name in SHAPES for name in decode.MODELS.split(","))
+    asked: list[Any] = []
+
+    class Refuse:
+        def __init__(self, subject: Any, contexts: list[int], *rest: Any) -> None:
+            asked.append((subject.name, contexts))
+            raise InputError("no GPU in this test")
+
+    monkeypatch.setattr(decode, "Bench", Refuse)
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--models", "qwen3-0.6b", "--baselines", "none", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: no GPU in this test"):
+        decode.main()
+    assert asked == [("qwen3-0.6b", [128, 1024, 4096, 32768])]
