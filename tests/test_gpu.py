@@ -25,6 +25,7 @@ from flashformer.reference import Reference
 from flashformer.targets import Target, get
 from flashformer.validate import validate
 from model_files import make_config, write_folder
+from test_perplexity import TEXT, TOLERANCE, perplexity
 
 pytestmark = pytest.mark.gpu
 
@@ -216,7 +217,7 @@ def test_the_engine_from_folder_to_text(tmp_path: Path) -> None:
         assert compare(engine.logits(ids + ours), cpu.logits(ids + ours)).within
 
 
-def test_smollm2(demo_model: Path, judge: Judge) -> None:
+def test_smollm2(demo_model: Path, judge: Judge, record_property: Callable[[str, object], None]) -> None:
     with flashformer.load(demo_model, "cuda") as engine:
         prompt = engine.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
         text = "".join(r.text for r in engine.generate(prompt, SamplingParams(max_tokens=20)))
@@ -224,6 +225,11 @@ def test_smollm2(demo_model: Path, judge: Judge) -> None:
         reference = Reference(build_graph(engine.config), engine.checkpoint)
         tokens = engine.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 8)
         judge(check_runner(engine.runner, reference, tokens))
+        tokens = engine.tokenizer.encode(TEXT)[:1024]
+        ours, expected = perplexity(engine.logits(tokens), tokens), perplexity(reference.logits(tokens), tokens)
+        record_property("perplexity", ours)
+        record_property("perplexity of the reference", expected)
+        assert abs(ours / expected - 1) < TOLERANCE
 
 
 def test_nothing_is_left_on_the_device(tmp_path: Path) -> None:

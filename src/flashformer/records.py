@@ -77,9 +77,9 @@ def load_records(path: Path) -> list[Record]:
         raise InputError(f"{path}: not a file of benchmark records ({error})") from error
 
 
-def results_file(folder: Path, gpu: str) -> Path:
+def results_file(folder: Path, gpu: str, what: str = "decode") -> Path:
     """Where the records of a GPU are kept."""
-    return folder / f"decode-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    return folder / f"{what}-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
 def table(records: Sequence[Record]) -> Table:

@@ -1,0 +1,87 @@
+"""Run the kernel of a small model under NVIDIA's compute-sanitizer and keep what it says: writes benchmarks/results/sanitizer-<gpu>.json.
+
+usage: python benchmarks/sanitize.py [--tools memcheck,racecheck,synccheck] [--commit HASH] [--results FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+from flashformer.bench import plan_for_gpu
+from flashformer.records import commit, driver_version, results_file
+from flashformer.shapes import shape
+
+RESULTS = Path(__file__).parent / "results"
+TOOLS = "memcheck,racecheck,synccheck"
+SECONDS = 120  # for one tool
+
+
+def run_model() -> None:
+    """What is watched: packing, 24 prompt tokens with logits and 40 generated tokens of a model of two layers, over several KV blocks."""
+    from flashformer.backends.cuda import RandomWeights, load
+
+    config = replace(shape("qwen3-0.6b"), num_layers=2, vocab_size=4099, ffn_size=680, max_positions=128, tied_embeddings=False)
+    runner = load(plan_for_gpu(config), RandomWeights(config))
+    try:
+        runner.logits(list(range(24)), 0)
+        print("tokens", list(runner.generate([1, 2, 3], 24, 40, ())))
+    finally:
+        runner.close()
+
+
+def main() -> None:
+    """Each tool on a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", default=TOOLS)
+    parser.add_argument("--commit", help="commit of this tree, where git is not at hand")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        run_model()
+        return
+    from flashformer.backends.cuda import probe
+
+    info = probe()
+    if info is None:
+        sys.exit("no CUDA GPU was found")
+    outcomes = {tool: watch(tool) for tool in options.tools.split(",")}
+    record = {
+        "gpu": info.name, "driver": driver_version(), "date": date.today().isoformat(), "commit": options.commit or commit(),
+        "tools": outcomes,
+    }  # fmt: skip
+    options.results.mkdir(parents=True, exist_ok=True)
+    results_file(options.results, info.name, "sanitizer").write_text(json.dumps(record, indent=1) + "\n")
+    for tool, outcome in outcomes.items():
+        print(tool, outcome)
+
+
+def watch(tool: str) -> dict[str, object]:
+    """{outcome, errors, first lines of what was found} of one tool."""
+    command = ["compute-sanitizer", "--tool", tool, sys.executable, __file__, "--child"]
+    with tempfile.TemporaryFile("w+") as out:
+        try:
+            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=SECONDS, check=False).returncode
+        except subprocess.TimeoutExpired:
+            return {"outcome": f"did not end within {SECONDS} s"}
+        except FileNotFoundError:
+            return {"outcome": "compute-sanitizer is not installed"}
+        out.seek(0)
+        text = out.read()
+    errors = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    if code or errors is None or "tokens [" not in text:
+        return {"outcome": f"the program ended with status {code}", "said": text[-1500:]}
+    found = int(errors[1])
+    return {"outcome": "clean" if found == 0 else "errors", "errors": found, **({"said": text[:1500]} if found else {})}
+
+
+if __name__ == "__main__":
+    main()
