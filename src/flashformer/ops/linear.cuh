@@ -99,14 +99,11 @@ struct Linear {
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
     u32 octet = c.lane >> 3;
-    Weights weights[2];
-    if (kAhead) weights[0].template load<0>(c);
 #pragma unroll 1
     for (u32 group = 0; group < groups; group++) {
       float d[2][4] = {};
-      if constexpr (S::kFragments > 8) asm volatile("" : "+r"(octet));  // keep masks in the loop: hoisted, they would spill
-      multiply<0, 0>(c, x, d, weights, octet, group + 1 < groups);
-      if constexpr (kAhead && S::kParts == 1) weights[0] = weights[1];
+      if constexpr (S::kFragments > 16) asm volatile("" : "+r"(octet));  // keep masks in the loop: hoisted, they would spill
+      multiply<0, 0>(c, x, d, octet);
       c.hand_over((d[0][0] + d[0][3]) + (d[1][0] + d[1][3]));
     }
   }
@@ -190,41 +187,26 @@ struct Linear {
   }
 
  private:
-  // A warp's fragments of one chunk. They are loaded a chunk ahead, so that the loads of one hide behind the products of another;
-  // not where they would spill: before sm_90, where x fills the registers, or where an odd number of parts changes their places.
+  // Multiply part `part` of the group, and those after it: its chunk's fragments are `first`... of this warp's x.
   // NOTE: where the last group has fewer tiles than warps, a warp without one multiplies what is left in the slot; nobody looks.
-  static constexpr bool kAhead = M::kBulkCopy && Operand<S>::kSlices <= 8 && (S::kParts == 1 || S::kParts % 2 == 0);
-  struct Weights {
-    uint4 a[part_size(S::kFragments, S::kParts, 0)];
-
-    template <int part>
-    FF_DEVICE void load(Consumer<M>& c) {
+  template <int part, int first>
+  static FF_DEVICE void multiply(Consumer<M>& c, const Operand<S>& x, float (&d)[2][4], u32 octet) {
+    if constexpr (part < S::kParts) {
       constexpr int kSize = part_size(S::kFragments, S::kParts, part);
       c.acquire();
+      uint4 a[kSize];
       const u32 at = c.chunk_address() + c.warp * (kSize * 512) + c.lane * 16;
 #pragma unroll
       for (int i = 0; i < kSize; i++) a[i] = load_shared4(at + i * 512);
       c.release();
-    }
-  };
-
-  // Multiply part `part` of a group and those after it; part 0 of the next group is loaded behind the last if there are `more`.
-  template <int part, int first>
-  static FF_DEVICE void multiply(Consumer<M>& c, const Operand<S>& x, float (&d)[2][4], Weights (&weights)[2], u32 octet, bool more) {
-    if constexpr (part < S::kParts) {
-      constexpr int kSize = part_size(S::kFragments, S::kParts, part);
-      Weights &now = weights[kAhead ? part % 2 : 0], &next = weights[(part + 1) % 2];
-      if constexpr (!kAhead) now.template load<part>(c);
-      else if constexpr (part + 1 < S::kParts) next.template load<part + 1>(c);
-      else if (more) next.template load<0>(c);
 #pragma unroll
       for (int i = 0; i < kSize; i++) {
         constexpr int kAlign = 4;
         const int slice = (first + i) / kAlign;
         const bool on = octet == (first + i) % kAlign;  // columns 2p and 2p + 1 hold the steps of fragment p
-        mma<T>(d[i & 1], now.a[i], on ? x.value[slice][0] : 0, on ? x.value[slice][1] : 0);
+        mma<T>(d[i & 1], a[i], on ? x.value[slice][0] : 0, on ? x.value[slice][1] : 0);
       }
-      multiply<part + 1, first + kSize>(c, x, d, weights, octet, more);
+      multiply<part + 1, first + kSize>(c, x, d, octet);
     }
   }
 

@@ -23,5 +23,5 @@ TARGET = Target(
     prefetch_chunks=12,
     prefetch_cycles=900,
     first_look_cycles=1700,
-    repoll_cycles=400,
+    repoll_cycles=200,
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...errors import PlanError
 from ...plan import COLUMN_HEADS, Plan, Stage, ceil_div, round_up
+from ..source import Field, camel, constants, ctypes_fields, struct
 
 HEADERS = Path(__file__).parent
 OPERATORS = HEADERS.parent.parent / "ops"
@@ -21,8 +22,8 @@ FLAG_ALIGNMENT = 16  # words: vectors in the exchange memory begin on a 128-byte
 STREAM = "weight stream"  # where a waiting producer stands
 TILE_BITS = 12  # a tile range is packed as first << TILE_BITS | count
 
-# The kernel's parameters: (name, C++ type, ctypes type, what it is).
-PARAMETERS: tuple[tuple[str, str, type, str], ...] = (
+# The kernel's parameters.
+PARAMETERS: tuple[Field, ...] = (
     ("tape", "const u8*", ctypes.c_uint64, "all blocks' weights"),
     ("table", "const uint2*", ctypes.c_uint64, "[workers][table_stride] (offset / 512, bytes); bytes 0: (layer, KV cache)"),
     ("table_length", "const u32*", ctypes.c_uint64, "[workers]"),
@@ -54,7 +55,7 @@ PARAMETERS: tuple[tuple[str, str, type, str], ...] = (
 class Params(ctypes.Structure):
     """The kernel's one argument, laid out as the generated struct."""
 
-    _fields_ = [(name, kind) for name, _, kind, _ in PARAMETERS]
+    _fields_ = ctypes_fields(PARAMETERS)
 
 
 @dataclass(frozen=True)
@@ -205,20 +206,18 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     value = "Float16" if c.dtype == "float16" else "Bfloat16"
     text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated: the headers compute."]
     text.append('#include "prelude.cuh"\n')
-    text.append("struct Params {")
-    text += [f"  {kind} {name};{'  // ' + note if note else ''}" for name, kind, _, note in PARAMETERS]
-    text.append("};\n")
+    text += struct("Params", PARAMETERS)
     text.append('#include "kernel.cuh"\n')
     text.append("struct Model {")
     text.append(f"  using Value = {value};")
-    text += [f"  static constexpr {kind} {name} = {_literal(v)};" for kind, name, v in model]
+    text += constants(model)
     *steps, (_, least) = t.window
     window = "".join(f"waiting < {count} ? {nbytes} : " for count, nbytes in steps) + str(least)
     text.append(f"  static FF_DEVICE u32 window(u32 waiting) {{ return {window}; }}  // bytes in flight")
     text.append("};\n")
 
-    def struct(stage: Stage, tile_word: str = "") -> None:
-        text.append(f"struct {_camel(stage.name)} {{")
+    def describe(stage: Stage, tile_word: str = "") -> None:
+        text.append(f"struct {camel(stage.name)} {{")
         facts: list[tuple[str, str, object]] = [("u32", "kWhere", names.index(stage.name))]
         if stage.linear and stage.geometry:
             g = stage.geometry
@@ -248,15 +247,15 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         if stage.reads and stage.reads[0] in buffers:
             facts.append(("int", "kInput", buffers[stage.reads[0]]))
         facts.append(("int", "kOutput", buffers[stage.writes]))
-        text.extend(f"  static constexpr {kind} {name} = {_literal(v)};" for kind, name, v in facts)
+        text.extend(constants(facts))
         text.append("};\n")
 
     text.append("namespace stage {")
-    struct(embed)
+    describe(embed)
     tile_words = {"qkv": "2 + 2 * layer", "gate_up": "3 + 2 * layer"}
     for stage in body:
-        struct(stage, tile_words.get(stage.name, "0"))
-    struct(head, "2 + 2 * layer")
+        describe(stage, tile_words.get(stage.name, "0"))
+    describe(head, "2 + 2 * layer")
     text.append("struct Token {")
     text.append(f"  static constexpr u32 kWhere = {names.index('token')};")
     text.append(f"  static constexpr int kOutput = {buffers['token']};")
@@ -268,7 +267,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append("  template <class Role>\n  static FF_DEVICE void token(Role& role, u32 step) {")
     text.append("    Embed<Model, stage::Embed>::run(role, step);")
     text.append("#pragma unroll 1\n    for (u32 layer = 0; layer < Model::kLayers; layer++) {")
-    text += [f"      {calls[s.kind]}<Model, stage::{_camel(s.name)}>::run(role, step, layer);" for s in body]
+    text += [f"      {calls[s.kind]}<Model, stage::{camel(s.name)}>::run(role, step, layer);" for s in body]
     text.append("    }")
     text.append("    if (role.wants_head(step)) Linear<Model, stage::Head>::run(role, step, Model::kLayers);")
     text.append("    Argmax<Model, stage::Token>::run(role, step);")
@@ -287,17 +286,3 @@ def headers() -> dict[str, str]:
     """Every header's text by its path in the package: all of them belong to a kernel's cache key."""
     root = HEADERS.parent.parent
     return {str(p.relative_to(root)): p.read_text() for folder in (HEADERS, OPERATORS) for p in sorted(folder.glob("*.cuh"))}
-
-
-def _camel(name: str) -> str:
-    """attention_output -> AttentionOutput."""
-    return "".join(part.capitalize() for part in name.split("_"))
-
-
-def _literal(value: object) -> str:
-    """A C++ literal."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value!r}f" if "." in repr(value) else f"{value:.9e}f"
-    return str(value)

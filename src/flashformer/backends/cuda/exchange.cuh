@@ -67,14 +67,14 @@ struct Wait {
 // NOTE: this decides when, never what: a result does not depend on it.
 template <class M>
 struct Looks {
-  static constexpr u32 kLater = 48, kSooner = 64;  // cycles: less than half of the first looks find all, so nobody looks much too late
+  static constexpr u32 kStep = 64;  // cycles, sooner or later: half of the first looks find all
   static constexpr u32 kLatest = 40000;
   Wait wait;
-  u32 since = clock32(), pause;
+  u32 since, pause;
   u32 place;  // shared memory where this warp keeps what it learnt for this stage; 0: it has waited already and looks at once
   bool first = true;
 
-  FF_DEVICE explicit Looks(u32 place) : pause(place ? load_shared(place) : 0), place(place) {}
+  FF_DEVICE explicit Looks(u32 place) : since(wait.start), pause(place ? load_shared(place) : 0), place(place) {}
 
   // Before each look; false: give up.
   FF_DEVICE bool again(const Watch& watch) {
@@ -87,13 +87,14 @@ struct Looks {
   FF_DEVICE bool found(bool here, u32 lane) {
     here = __all_sync(kAllLanes, here);
     if (first && place && lane == 0) {
-      const u32 sooner = pause > kSooner ? pause - kSooner : 0, later = pause < kLatest ? pause + kLater : pause;
+      const u32 sooner = pause > kStep ? pause - kStep : 0, later = pause < kLatest ? pause + kStep : pause;
       store_shared(place, here ? sooner : later);
     }
     first = false;
+    if (here) return true;
     since = clock32();
     pause = M::kRepollCycles;
-    return here;
+    return false;
   }
 };
 

@@ -201,7 +201,11 @@ FF_DEVICE void fence_copy_engine() {
 
 // ---- time ----
 
-FF_DEVICE u32 clock32() { return (u32)clock(); }
+FF_DEVICE u32 clock32() {
+  u32 t;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(t));
+  return t;
+}
 FF_DEVICE u64 nanoseconds() {  // the same for all blocks
   u64 t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
