@@ -58,14 +58,21 @@ def main() -> None:
         "gpu": info.name, "driver": driver_version(), "date": date.today().isoformat(), "commit": options.commit or commit(),
         "tools": outcomes,
     }  # fmt: skip
-    options.results.mkdir(parents=True, exist_ok=True)
-    results_file(options.results, info.name, "sanitizer").write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, results_file(options.results, info.name, "sanitizer"))
     for tool, outcome in outcomes.items():
         print(tool, outcome)
 
 
+def keep(record: dict[str, object], path: Path) -> None:
+    """Add a run to those in a file; it replaces one of the same commit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(path.read_text()) if path.exists() else []
+    runs = [run for run in runs if run["commit"] != record["commit"]]
+    path.write_text(json.dumps([*runs, record], indent=1) + "\n")
+
+
 def watch(tool: str) -> dict[str, object]:
-    """{outcome, errors, first lines of what was found} of one tool."""
+    """{outcome, errors, what the tool said} of one tool."""
     command = ["compute-sanitizer", "--tool", tool, sys.executable, __file__, "--child"]
     with tempfile.TemporaryFile("w+") as out:
         try:
@@ -76,11 +83,17 @@ def watch(tool: str) -> dict[str, object]:
             return {"outcome": "compute-sanitizer is not installed"}
         out.seek(0)
         text = out.read()
+    return judge(text.replace("\0", " "), code)
+
+
+def judge(text: str, code: int) -> dict[str, object]:
+    """What a tool's output and the program's exit status come to; of the output only the tool's own lines are kept."""
+    said = [line.removeprefix("========= ") for line in text.splitlines() if line.startswith("========= ") and line[10:].strip()]
     errors = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
     if code or errors is None or "tokens [" not in text:
-        return {"outcome": f"the program ended with status {code}", "said": text[-1500:]}
+        return {"outcome": f"the program ended with status {code}", "said": said[-12:]}
     found = int(errors[1])
-    return {"outcome": "clean" if found == 0 else "errors", "errors": found, **({"said": text[:1500]} if found else {})}
+    return {"outcome": "clean" if found == 0 else "errors", "errors": found, **({"said": said[:12]} if found else {})}
 
 
 if __name__ == "__main__":
