@@ -21,6 +21,7 @@ CUDA = sorted(name for name, target in available().items() if target.kind == "cu
 SHAPES = ["smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "qwen3-14b"]
 LARGE = ["qwen3-32b", "llama-3.1-70b"]  # do not fit the older GPUs
 REGISTERS = 65536  # of an SM
+MOST_CODE = 256 << 10  # bytes: more would hardly stay in the instruction caches
 
 
 def odd(**changes: object) -> ModelConfig:
@@ -53,6 +54,7 @@ def assert_clean(plan: Plan) -> None:
     assert len(kernel.cubin) > 10_000
     assert kernel.spills == 0, kernel.log
     assert 0 < kernel.registers <= 255
+    assert 50_000 < kernel.code_bytes <= MOST_CODE
     # Warps share the registers of the SM's four parts.
     warps = -(-threads(plan) // 32 // 4) if threads(plan) % 128 == 0 else threads(plan) // 128 + 1
     assert kernel.registers * 32 * warps * 4 <= REGISTERS

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ... import env
 from ...build import cached_build
 from ...errors import BuildError
 from ...targets import Target
@@ -32,6 +34,20 @@ class Kernel:
     def spills(self) -> int:
         """Bytes of spill stores and loads, over all kernels in the source."""
         return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", self.log)))
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of machine code over all kernels in the source: what the instruction caches must hold."""
+        sections = _sections(self.cubin)
+        names_at = sections[struct.unpack_from("<H", self.cubin, 62)[0]][1]
+        return sum(size for name, _, size in sections if self.cubin.startswith(b".text.", names_at + name))
+
+
+def _sections(elf: bytes) -> list[tuple[int, int, int]]:
+    """(offset of its name, offset, size) of every section of a 64-bit little-endian ELF file."""
+    at, entry, count = struct.unpack_from("<Q", elf, 40)[0], *struct.unpack_from("<HH", elf, 58)
+    headers_at = range(at, at + entry * count, entry)
+    return [(*struct.unpack_from("<I", elf, first), *struct.unpack_from("<QQ", elf, first + 24)) for first in headers_at]
 
 
 @cache
@@ -65,7 +81,9 @@ def compile_source(source: str, target: Target, kind: str = "cuda") -> Kernel:
     # NOTE: include paths name this installation, not the program: they stay out of the key, the headers' text is in it.
     key = {"compiler": version, "options": " ".join(options[:3]), "source": source, **headers()}
     folder = cached_build(kind, key, produce)
-    return Kernel(folder, (folder / "kernel.cubin").read_bytes(), (folder / "compiler.log").read_text())
+    kernel = Kernel(folder, (folder / "kernel.cubin").read_bytes(), (folder / "compiler.log").read_text())
+    env.debug(1, lambda: f"{kind}: {kernel.registers} registers, {kernel.spills} bytes spilled, {kernel.code_bytes / 1024:.0f} KB of code")
+    return kernel
 
 
 def _run_nvrtc(source: str, options: list[str]) -> tuple[bytes, str]:
