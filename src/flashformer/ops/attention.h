@@ -3,6 +3,7 @@
 // A block holds 16 positions: first the keys (a line is two dimensions of 16 positions), then the values (a line is 16
 // dimensions of two positions), so that scores and sums need no shuffles.
 #pragma once
+#include <algorithm>
 #include <limits>
 
 #include "rmsnorm.h"

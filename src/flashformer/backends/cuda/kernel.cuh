@@ -2,6 +2,7 @@
 #pragma once
 #include "argmax.cuh"
 #include "attention.cuh"
+#include "combine.cuh"
 #include "embed.cuh"
 #include "linear.cuh"
 
