@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,31 +65,32 @@ def compiler_version() -> str:
 
 def compile_source(source: str, target: Target, kind: str = "cuda") -> Kernel:
     """Compile for a target, or take the result from the cache. Raises BuildError with the compiler's log."""
-    options = [
-        f"--gpu-architecture={target.arch}",
-        "--std=c++17",
-        "--ptxas-options=-v",
-        *(f"--include-path={path}" for path in include_paths()),
-    ]
     version = compiler_version()
 
     def produce(folder: Path) -> None:
-        cubin, log = _run_nvrtc(source, options)
+        cubin, log = run_nvrtc(source, target, include_paths())
         (folder / "source.cu").write_text(source)
         (folder / "compiler.log").write_text(log)
         (folder / "kernel.cubin").write_bytes(cubin)
 
     # NOTE: include paths name this installation, not the program: they stay out of the key, the headers' text is in it.
-    key = {"compiler": version, "options": " ".join(options[:3]), "source": source, **headers()}
+    key = {"compiler": version, "options": " ".join(_options(target)), "source": source, **headers()}
     folder = cached_build(kind, key, produce)
     kernel = Kernel(folder, (folder / "kernel.cubin").read_bytes(), (folder / "compiler.log").read_text())
     env.debug(1, lambda: f"{kind}: {kernel.registers} registers, {kernel.spills} bytes spilled, {kernel.code_bytes / 1024:.0f} KB of code")
     return kernel
 
 
-def _run_nvrtc(source: str, options: list[str]) -> tuple[bytes, str]:
-    """One run of the compiler: (cubin, log)."""
+def _options(target: Target) -> list[str]:
+    """What the compiler is told for a target."""
+    return [f"--gpu-architecture={target.arch}", "--std=c++17", "--ptxas-options=-v"]
+
+
+def run_nvrtc(source: str, target: Target, include: Sequence[Path]) -> tuple[bytes, str]:
+    """One run of the compiler, headers from the folders `include`: (cubin, log). Raises BuildError with the log."""
     from cuda.bindings import nvrtc
+
+    options = [*_options(target), *(f"--include-path={path}" for path in include)]
 
     def check(result: tuple[object, ...]) -> object:
         if int(result[0]) != 0:  # type: ignore[call-overload]

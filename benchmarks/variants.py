@@ -1,0 +1,101 @@
+"""Time variants of the decode kernel on the same packed weights, in one process: how a change is measured before it is made.
+
+usage: python benchmarks/variants.py VARIANTS.json [--models llama-3.2-1b,llama-3.1-8b] [--context 1024] [--tokens 128] [--repeats 5]
+
+VARIANTS.json: {name: {"patch": [[header, old text, new text], ...], "target": {field of Target: value, ...}, "wrong": false}, ...};
+"wrong" marks one whose tokens are not expected to be right, such as an ablation. The kernel as it is comes first, as "base".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flashformer.backends.cuda.codegen import generate, include_paths
+from flashformer.backends.cuda.compile import Kernel, run_nvrtc
+from flashformer.bench import plan_for_gpu
+from flashformer.errors import FlashFormerError
+from flashformer.plan import Plan
+from flashformer.shapes import shape
+
+
+def build(plan: Plan, patches: list[list[str]]) -> Kernel:
+    """The kernel of a plan from patched copies of the headers. Raises ValueError where a text to be replaced is not there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        headers = {path.name: path.read_text() for source in include_paths() for path in source.glob("*.cuh")}
+        for header, old, new in patches:
+            if old not in headers.get(header, ""):
+                raise ValueError(f"{header} does not hold {old!r}")
+            headers[header] = headers[header].replace(old, new)
+        for header, text in headers.items():
+            (folder / header).write_text(text)
+        cubin, log = run_nvrtc(generate(plan).text, plan.target, [folder])
+        return Kernel(folder, cubin, log)
+
+
+def changed(plan: Plan, variant: dict[str, Any]) -> Plan:
+    """The plan of a variant: the same weights in the same places, other numbers of the target."""
+    given: dict[str, Any] = variant.get("target", {})
+    fields: dict[str, Any] = {name: tuple(map(tuple, value)) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(plan, target=replace(plan.target, **fields))
+
+
+def measure(model: str, variants: dict[str, Any], context: int, tokens: int, repeats: int) -> None:
+    """Print one line a variant: time, share of the read ceiling, what a layer loses, registers, and whether the tokens are the same."""
+    from flashformer.backends.cuda import RandomWeights, load
+
+    config = shape(model)
+    plan = plan_for_gpu(config, context + tokens)
+    with ProcessPoolExecutor() as pool:
+        building = {name: pool.submit(build, changed(plan, v), v.get("patch", [])) for name, v in variants.items()}
+        runner = load(plan, RandomWeights(config))
+        runner.fill_kv()
+        ceiling = runner.read_bandwidth()
+        floor = plan.token_bytes(context + tokens // 2) / ceiling / 1e6
+        print(f"{model} at {context}: {runner.info.name}, read ceiling {ceiling:.0f} GB/s, floor {floor:.4f} ms")
+        expected: list[int] = []
+        for name, variant in variants.items():
+            kernel = building[name].result()
+            runner.function = runner.context.function(runner.context.load(kernel.cubin), "flashformer_decode")
+            runner.context.allow_shared(runner.function, plan.target.shared_bytes)
+            times = [runner.time_generate(context, tokens) / tokens * 1e3 for _ in range(repeats + 1)][1:]
+            made = [int(word) & 0xFFFFFFFF for word in runner.tokens[:tokens]]
+            expected = expected or made
+            same = "" if variant.get("wrong") else "same tokens" if made == expected else "OTHER TOKENS"
+            ms = statistics.median(times)
+            print(
+                f"  {name:32} {ms:.4f} ms {floor / ms:6.1%}  spread {(max(times) - min(times)) / ms:.1%}  "
+                f"{(ms - floor) * 1e3 / config.num_layers:6.2f} us lost a layer  "
+                f"{kernel.registers} registers, {kernel.spills} spilled  {same}",
+                flush=True,
+            )
+        runner.close()
+
+
+def main() -> None:
+    """Model by model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", type=Path)
+    parser.add_argument("--models", default="qwen3-0.6b,llama-3.2-1b,llama-3.2-3b,llama-3.1-8b")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    try:
+        variants = {"base": {}, **json.loads(options.variants.read_text())}
+        for model in options.models.split(","):
+            measure(model, variants, options.context, options.tokens, options.repeats)
+    except (FlashFormerError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
