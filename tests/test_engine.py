@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import random
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +35,9 @@ class FakeRunner:
         self.stats = RunStats()
         self.calls: list[tuple[list[int], int, int, frozenset[int]]] = []
         self.open = self.closed = 0
+        self.failure: BaseException | None = None  # raised after the answer
 
-    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Iterator[int]:
+    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Generator[int, None, None]:
         self.calls.append((list(tokens), start, count, frozenset(stop)))
         self.open += 1
         try:
@@ -40,6 +45,8 @@ class FakeRunner:
                 yield token
                 if token in stop:
                     return
+            if self.failure is not None:
+                raise self.failure
         finally:
             self.open -= 1
 
@@ -112,6 +119,139 @@ def test_leaving_early_frees_the_engine(folder: Path) -> None:
     results.close()
     assert runner.open == 0
     assert len(list(engine.generate([5], SamplingParams(max_tokens=2)))) == 2
+
+
+def fed(engine: Engine, runner: FakeRunner, prompt: list[int]) -> tuple[list[int], int]:
+    """What the runner is fed for a prompt, and from which position."""
+    list(engine.generate(prompt, SamplingParams(max_tokens=1)))
+    return runner.calls[-1][:2]
+
+
+def test_what_the_cache_holds_is_not_computed_again(folder: Path) -> None:
+    engine, runner = make_engine(folder, [40, 41, 42])
+    ends = SamplingParams(max_tokens=3, ignore_eos=True)
+    assert fed(engine, runner, [5, 6, 7]) == ([5, 6, 7], 0)
+    assert fed(engine, runner, [5, 6, 7]) == ([7], 2)  # the last one must run: its scores are the answer
+    assert fed(engine, runner, [5, 6]) == ([6], 1)
+    assert fed(engine, runner, [5, 6, 7]) == ([7], 2)
+    assert fed(engine, runner, [5, 8, 7]) == ([8, 7], 1)
+    assert fed(engine, runner, [5, 6, 7]) == ([6, 7], 1)
+    list(engine.generate([5, 6], ends))
+    assert fed(engine, runner, [5, 6, 40, 41, 42, 9]) == ([42, 9], 4)  # 42 was made but never fed back
+    engine.logits([5, 6, 40, 41])
+    assert fed(engine, runner, [5, 6, 40, 41, 42]) == ([42], 4)
+
+
+def test_what_a_stopped_generation_leaves_is_reused(folder: Path) -> None:
+    engine, runner = make_engine(folder, "one two STOP three")
+    answer = runner.answer
+    results = engine.generate([5, 6])
+    assert [next(results).token for _ in range(3)] == answer[:3]
+    results.close()
+    assert fed(engine, runner, [5, 6, *answer]) == (answer[2:], 4)
+    made = [r.token for r in engine.generate([5], SamplingParams(stop=["STOP"]))]
+    assert 0 < len(made) < len(answer)
+    assert fed(engine, runner, [5, *answer]) == (answer[len(made) - 1 :], len(made))
+    results = engine.generate([5, 6])
+    results.close()  # before it began: nothing has changed
+    assert fed(engine, runner, [5, answer[0], 7]) == ([7], 2)
+    runner.failure, runner.answer = KeyboardInterrupt(), []  # Ctrl-C before the first token
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.generate([5, 8, 9]))
+    runner.failure, runner.answer = None, answer
+    assert fed(engine, runner, [5, 8, 9]) == ([8, 9], 1)
+
+
+def test_what_a_failed_kernel_leaves_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, runner = make_engine(folder, [40, 41])
+    runner.failure = DeviceError("gave up")
+    with pytest.raises(DeviceError):
+        list(engine.generate([5, 6]))
+    runner.failure = None
+    assert fed(engine, runner, [5, 6]) == ([5, 6], 0)
+
+    def failing(tokens: Sequence[int], start: int) -> np.ndarray:
+        raise DeviceError("gave up")
+
+    monkeypatch.setattr(runner, "logits", failing)
+    with pytest.raises(DeviceError):
+        engine.logits([5, 6])
+    assert fed(engine, runner, [5, 6]) == ([5, 6], 0)
+
+
+def test_a_kernel_that_fails_as_it_is_stopped_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, runner = make_engine(folder, [40, 41])
+
+    def failing(*_: object) -> Generator[int, None, None]:
+        try:
+            yield 40
+        finally:
+            raise DeviceError("gave up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "generate", failing)
+        results = engine.generate([5, 6])
+        next(results)
+        with pytest.raises(DeviceError):
+            results.close()
+    assert fed(engine, runner, [5, 6]) == ([5, 6], 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reuse_changes_no_bit(folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversations of every kind, each against an engine that has seen nothing; then every KV entry said to be there is."""
+    context, rng = 48, random.Random(seed)
+    reused = 0
+    with flashformer.load(folder, "cpu", context) as engine:
+        past: list[int] = []
+        for _ in range(60):
+            kept = past[: rng.choice([0, len(past), len(past) - 1, rng.randint(0, len(past))])]
+            prompt = (kept + [rng.randrange(300) for _ in range(rng.randint(0 if kept else 1, 9))])[:context]
+            params = SamplingParams(
+                max_tokens=rng.choice([1, 2, 20, 100]),
+                ignore_eos=rng.random() < 0.5,
+                stop=rng.sample(["e", "a", "\n", *range(300)], rng.choice([0, 0, 30])),
+            )
+            with flashformer.load(folder, "cpu", context) as fresh:
+                expected = list(fresh.generate(prompt, params))
+            kind = rng.choice(["all", "all", "all", "close", "logits", "fail"])
+            if kind == "logits":
+                engine.logits(prompt)
+            elif kind == "close":
+                some = rng.randint(0, len(expected))
+                results = engine.generate(prompt, params)
+                assert [next(results) for _ in range(some)] == expected[:some]
+                results.close()
+            elif kind == "fail":
+                with monkeypatch.context() as patch, pytest.raises(DeviceError):
+                    patch.setattr(engine.runner, "generate", fail_after(engine, rng.randint(0, len(expected))))
+                    list(engine.generate(prompt, SamplingParams(max_tokens=100, ignore_eos=True)))
+            else:
+                assert list(engine.generate(prompt, params)) == expected
+                assert engine.stats.prompt_tokens + engine.stats.reused_tokens == len(prompt)
+                reused += engine.stats.reused_tokens
+            past = prompt + [r.token for r in expected]
+            cached = engine._cached
+            assert len(cached) <= context
+            if len(cached) < context:
+                probe = [rng.randrange(300)]
+                with flashformer.load(folder, "cpu", context) as fresh:
+                    whole = fresh.logits(cached + probe)
+                # Written after all that is trusted, and so without harm to it.
+                assert engine.runner.logits(probe, len(cached)).tobytes() == whole[-1:].tobytes()
+    assert reused > 100
+
+
+def fail_after(engine: Engine, count: int) -> Callable[..., Generator[int, None, None]]:
+    """The runner's `generate`, which fails after `count` tokens."""
+    generate = engine.runner.generate
+
+    def failing(*arguments: Any) -> Generator[int, None, None]:
+        with closing(generate(*arguments)) as tokens:
+            yield from islice(tokens, count)
+        raise DeviceError("gave up")
+
+    return failing
 
 
 @pytest.mark.parametrize(

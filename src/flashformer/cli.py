@@ -1,4 +1,4 @@
-"""The command line: `flashformer generate`, `explain`, `check`, `bench` and `cache`."""
+"""The command line: `flashformer generate`, `chat`, `explain`, `check`, `bench` and `cache`."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def generate(
     """Print a model's answer to a prompt as it is made (greedy)."""
     from .engine import load
     from .sampling import SamplingParams
+    from .terminal import describe_stats
 
     if prompt == "-":
         prompt = sys.stdin.read()
     params = SamplingParams(max_tokens=max_tokens, stop=stop)
     with load(model, device, max_context) as engine:
-        for note in engine.config.notes:
-            click.echo(f"note: {note}", err=True)
+        _tell_notes(engine)
         if not prompt:
             raise InputError("the prompt is empty")
         if chat or (chat is None and engine.tokenizer.has_chat_template):
@@ -96,23 +96,30 @@ def generate(
                 sys.stdout.flush()
         click.echo()
         if stats:
-            _tell_stats(engine)
+            click.echo(describe_stats(engine), err=True)
 
 
-def _tell_stats(engine: Engine) -> None:
-    """Speed of the last generation, against what the memory could do."""
-    s = engine.stats
-    click.echo(f"prompt: {s.prompt_tokens} tokens, first token after {s.prompt_seconds * 1e3:.1f} ms", err=True)
-    if s.generated_tokens < 2:
-        click.echo("too few tokens were made to measure a speed", err=True)
-        return
-    ceiling = engine.runner.read_bandwidth()
-    rate = s.bytes_read / s.generate_seconds / 1e9
-    click.echo(
-        f"{(s.generated_tokens - 1) / s.generate_seconds:.1f} tokens/s on {engine.device.name}: {rate:.1f} GB/s, "
-        f"{rate / ceiling:.0%} of the {ceiling:.1f} GB/s that a plain read reaches",
-        err=True,
-    )
+@main.command(epilog=_MODEL_HELP)
+@click.argument("model")
+@click.option("--system", help="A system message for the model.")
+@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Most tokens of an answer.")
+@_device
+@_context
+def chat(model: str, system: str | None, max_tokens: int, device: str, max_context: int | None) -> None:
+    """Talk with a model in the terminal (greedy); lines may also come from a pipe."""
+    from .engine import load
+    from .sampling import SamplingParams
+    from .terminal import Chat
+
+    with load(model, device, max_context) as engine:
+        _tell_notes(engine)
+        Chat(engine, SamplingParams(max_tokens=max_tokens), system).run()
+
+
+def _tell_notes(engine: Engine) -> None:
+    """What a user should know of this model."""
+    for note in engine.config.notes:
+        click.echo(f"note: {note}", err=True)
 
 
 @main.command(epilog=_MODEL_HELP + " config.json alone is enough; named shapes such as llama-3.1-8b work too.")
@@ -265,4 +272,3 @@ def cache(clear: bool) -> None:
         sizes = [entry.nbytes for entry in entries if entry.kind == kind]
         click.echo(f"{kind:16} {len(sizes):5} entries {sum(sizes) / 1e6:10.1f} MB")
     click.echo(f"{'all':16} {len(entries):5} entries {sum(e.nbytes for e in entries) / 1e6:10.1f} MB in {kept.root}")
-

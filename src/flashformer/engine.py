@@ -6,6 +6,7 @@ import importlib
 import os
 import time
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -94,12 +95,17 @@ def default_context(config: ModelConfig, graph: Graph, device: Device) -> int:
 
 
 class Engine:
-    """A model, loaded and ready. A context manager; closing it frees everything. One generation at a time."""
+    """A model, loaded and ready. A context manager; closing it frees everything. One generation at a time.
+
+    What the KV cache holds is remembered, so that the next turn of a conversation computes only what is new. Whoever launches
+    the runner directly overwrites it unseen, and must not generate with the engine afterwards.
+    """
 
     def __init__(self, plan: Plan, runner: Runner, checkpoint: Checkpoint, device: Device) -> None:
         """Takes over `runner` and `checkpoint`: they are closed with the engine. See `load`."""
         self.plan, self.runner, self.checkpoint, self.device = plan, runner, checkpoint, device
         self._tokenizer: Tokenizer | None = None
+        self._cached: list[int] = []  # tokens of the positions 0, 1, ... whose KV entries are certain
         self._busy = False
         self._closed = False
 
@@ -129,6 +135,7 @@ class Engine:
         """The continuation of a text or of token ids, token by token, as they are made.
 
         A text is encoded as the model expects it (with its beginning-of-text token); see `chat_prompt` for conversations.
+        Where the prompt begins as what ran before, that part is not computed again (`stats.reused_tokens`).
         The last result says why it is the last. Raises InputError before anything runs for a prompt that is empty, has ids
         outside the vocabulary, or does not fit into the context; DeviceError where the kernel fails.
         """
@@ -148,10 +155,13 @@ class Engine:
 
         Raises InputError as `generate` does.
         """
-        tokens = self._checked(tokens)
+        ids = self._checked(tokens)
         self._claim()
+        self._cached = []
         try:
-            return self.runner.logits(tokens, 0)
+            scores = self.runner.logits(ids, 0)
+            self._cached = ids
+            return scores
         finally:
             self._busy = False
 
@@ -213,26 +223,29 @@ class Engine:
         count = min(params.max_tokens, self.max_context - len(ids) + 1)
         matcher = StopMatcher(params.stop_texts)
         self._claim()
-        tokens = self.runner.generate(ids, 0, count, stop)
+        start = min(_common_length(self._cached, ids), len(ids) - 1)  # the last token of the prompt has the answer
+        self._cached, fed = ids[:start], ids[start:]
         try:
-            for made, token in enumerate(tokens, 1):
-                last = token in stop or made == count
-                text = ""
-                if decoder is not None and token not in stop:
-                    text = matcher.push(decoder.push(token))
-                if decoder is not None and last:
-                    text += matcher.push(decoder.finish()) + matcher.finish()
-                if matcher.stopped:
-                    yield Result(token, text, "stop")
-                    return
-                yield Result(token, text, ("stop" if token in stop else "length") if last else None)
+            with closing(self.runner.generate(fed, start, count, stop)) as tokens:
+                for made, token in enumerate(tokens, 1):
+                    # NOTE: a token is made once all before it have KV entries; its own follows, or never does where the kernel ends.
+                    self._cached += fed
+                    fed = [token]
+                    last = token in stop or made == count
+                    text = ""
+                    if decoder is not None and token not in stop:
+                        text = matcher.push(decoder.push(token))
+                    if decoder is not None and last:
+                        text += matcher.push(decoder.finish()) + matcher.finish()
+                    if matcher.stopped:
+                        yield Result(token, text, "stop")
+                        return
+                    yield Result(token, text, ("stop" if token in stop else "length") if last else None)
+        except Exception:
+            self._cached = []  # nobody knows what a kernel that failed has written
+            raise
         finally:
-            try:
-                close = getattr(tokens, "close", None)  # an iterator that is not a generator may have none
-                if close is not None:
-                    close()
-            finally:
-                self._busy = False
+            self._busy = False
 
 
 def load(model: str | os.PathLike[str], device: str = "auto", max_context: int | None = None, progress: Progress | None = None) -> Engine:
@@ -269,6 +282,11 @@ def load(model: str | os.PathLike[str], device: str = "auto", max_context: int |
         checkpoint.close()
         raise
     return Engine(plan, runner, checkpoint, where)
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens `a` and `b` begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _described(plan: Plan) -> str:

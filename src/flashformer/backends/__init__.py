@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,8 @@ def no_progress(what: str, done: int, total: int) -> None:
 class RunStats:
     """What the last `generate` did: seconds are device time where the device can tell, else wall time."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # fed by it
+    reused_tokens: int = 0  # before them, whose KV entries earlier calls had left
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
     generate_seconds: float = 0.0  # from the first generated token to the last: generated_tokens - 1 steps
@@ -31,7 +32,7 @@ class Runner(Protocol):
 
     stats: RunStats
 
-    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Iterator[int]:
+    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Generator[int, None, None]:
         """Feed `tokens` (at least one) at positions start, start + 1, ...; then yield up to `count` greedy tokens as they
         are made. A token of `stop` is yielded too and ends the launch. Closing the iterator early stops the kernel."""
         ...

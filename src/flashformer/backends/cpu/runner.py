@@ -71,7 +71,7 @@ class CpuRunner:
             steps = max(status.made - 1, 0)
             kv = sum(self.plan.kv.bytes_read(i) for i in range(steps)) * self.plan.config.num_layers
             self.stats = RunStats(
-                len(tokens), status.first, status.made, status.last - status.first,
+                len(tokens), start, status.first, status.made, status.last - status.first,
                 steps * self.plan.token_bytes(start + len(tokens)) + kv,
             )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 
 import numpy as np
 
@@ -173,7 +173,7 @@ class CudaRunner:
             "please report this with the model's configuration"
         )
 
-    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Iterator[int]:
+    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Generator[int, None, None]:
         """See `Runner.generate`."""
         began = time.perf_counter()
         self.launch(tokens, start, count, stop)
@@ -202,7 +202,7 @@ class CudaRunner:
             self.finish()
             context = start + len(tokens)
             self.stats = RunStats(
-                len(tokens), first - began, made, last - first,
+                len(tokens), start, first - began, made, last - first,
                 sum(self.plan.token_bytes(context + i) for i in range(max(made - 1, 0))),
             )  # fmt: skip
 
