@@ -166,7 +166,7 @@ def permute_rotary(values: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(path: Path, config_dict: dict[str, Any], seed: int = 0, quant: str = "F32", scale: float = 1.0) -> Path:
     """Write a GGUF file with the tensors that `write_folder` writes; returns `path`.
 
-    `quant` is the type of the matrices: F32, F16, BF16, Q8_0, Q4_0 or Q4_1 (a matrix whose columns are not a multiple of 32
+    `quant` is the type of the matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1 or Q5_0 (a matrix whose columns are not a multiple of 32
     stays F32, as in llama.cpp). Vectors are F32.
     """
     import gguf

@@ -32,9 +32,6 @@ PLAIN_TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
 }
 
-# Block types of GGUF; `read` expands them to bfloat16.
-BLOCK_TYPES = ("q8_0", "q4_0", "q4_1")
-
 # Tensors that files carry and models do not need: inverse rotary frequencies and masks that are derived from the configuration.
 _HARMLESS_EXTRAS = re.compile(r".*\.rotary_emb\.inv_freq|rope_freqs\.weight|.*\.self_attn\.(bias|masked_bias)")
 
@@ -138,6 +135,8 @@ def check_tensors(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> None
     Tensors that are known to be unnecessary are passed over: derived rotary frequencies and masks, and a separate head of
     the embedding's shape where the configuration ties the two. Raises CheckpointError that lists everything found wrong.
     """
+    from ..quant.gguf_blocks import BLOCKS
+
     present = set(checkpoint.names())
     problems = [f"missing: {name} {list(weight.shape)}" for name, weight in weights.items() if name not in present]
     for name, weight in weights.items():
@@ -146,8 +145,8 @@ def check_tensors(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> None
         spec = checkpoint.spec(name)
         if spec.shape != weight.shape:
             problems.append(f"misshapen: {name} is {list(spec.shape)}, the configuration says {list(weight.shape)}")
-        elif spec.dtype not in PLAIN_TYPES and spec.dtype not in BLOCK_TYPES:
-            problems.append(f"type: {name} is {spec.dtype}; supported are {', '.join([*PLAIN_TYPES, *BLOCK_TYPES])}")
+        elif spec.dtype not in PLAIN_TYPES and spec.dtype not in BLOCKS:
+            problems.append(f"type: {name} is {spec.dtype}; supported are {', '.join([*PLAIN_TYPES, *BLOCKS])}")
     for name in sorted(present - set(weights)):
         tied_head = name == "lm_head.weight" and checkpoint.config.tied_embeddings
         if tied_head and checkpoint.spec(name).shape == (checkpoint.config.vocab_size, checkpoint.config.hidden_size):

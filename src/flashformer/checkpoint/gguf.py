@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError
+from ..quant.gguf_blocks import BLOCKS
 from . import PLAIN_TYPES, Checkpoint, TensorSpec, shown
-from .blocks import BLOCK, BLOCK_BYTES, expand
+from .blocks import expand
 from .gguf_config import config_from_gguf
 from .gguf_file import GGUFFile, Placed
 
@@ -90,7 +91,8 @@ class GGUFCheckpoint(Checkpoint):
         if spec.dtype in PLAIN_TYPES:
             stored = self._plain(placed)
         elif len(spec.shape) == 2:
-            row_bytes = spec.shape[1] // BLOCK * BLOCK_BYTES[spec.dtype]
+            columns, block_bytes = BLOCKS[spec.dtype]
+            row_bytes = spec.shape[1] // columns * block_bytes
             stored = self._file.file.array(placed.begin, np.dtype(np.uint8), (spec.shape[0], row_bytes))
         else:
             raise CheckpointError(f"{self.path}: {shown(name)} is {spec.dtype}, which only matrices can be")
@@ -98,7 +100,7 @@ class GGUFCheckpoint(Checkpoint):
         part = stored[selected] if order is None else stored[order[selected]]
         if spec.dtype in PLAIN_TYPES:
             return part
-        blocks = part.reshape(-1, BLOCK_BYTES[spec.dtype])
+        blocks = part.reshape(-1, BLOCKS[spec.dtype][1])
         return expand(spec.dtype, blocks).reshape(len(part), spec.shape[1])
 
     def _plain(self, placed: Placed) -> np.ndarray:

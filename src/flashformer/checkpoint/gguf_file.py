@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import CheckpointError
+from ..quant.gguf_blocks import BLOCKS
 from . import PLAIN_TYPES, MappedFile, TensorSpec, shown
-from .blocks import BLOCK, BLOCK_BYTES
 
 _KEY_LIMIT = 65_535  # bytes of a metadata key, from the format
 _NAME_LIMIT = 64  # bytes of a tensor's name, from the format
@@ -30,12 +30,14 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
     if code
 }
 # Tensor types: number -> name; those that `TensorSpec` does not know are refused by name.
-_TENSOR_TYPES = {0: "float32", 1: "float16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 30: "bfloat16"}
 # fmt: off
+_TENSOR_TYPES = {
+    0: "float32", 1: "float16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 8: "q8_0", 12: "q4_k", 13: "q5_k", 14: "q6_k", 30: "bfloat16",
+}
 _OTHER_TENSOR_TYPES = {
-    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS",
-    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
-    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
+    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }
 # fmt: on
 
@@ -109,7 +111,7 @@ class GGUFFile:
         dtype = _TENSOR_TYPES.get(kind)
         if dtype is None:
             label = _OTHER_TENSOR_TYPES.get(kind, f"the unknown type {kind}")
-            supported = ", ".join(["F32", "F16", "BF16", *(name.upper() for name in BLOCK_BYTES)])
+            supported = ", ".join(["F32", "F16", "BF16", *(name.upper() for name in BLOCKS)])
             self._fail(f"the tensor {shown(name)} is {label}; supported are {supported}")
         elements = 1
         for size in shape:
@@ -119,9 +121,10 @@ class GGUFFile:
         if dtype in PLAIN_TYPES:
             nbytes = elements * PLAIN_TYPES[dtype].itemsize
         else:
-            if shape[-1] % BLOCK:
-                self._fail(f"the tensor {shown(name)} has {shape[-1]} columns, not a multiple of the {BLOCK} of a block")
-            nbytes = elements // BLOCK * BLOCK_BYTES[dtype]
+            columns, block_bytes = BLOCKS[dtype]
+            if shape[-1] % columns:
+                self._fail(f"the tensor {shown(name)} has {shape[-1]} columns, not a multiple of the {columns} of a block")
+            nbytes = elements // columns * block_bytes
         return offset, TensorSpec(name, shape, dtype, nbytes)
 
     def _value(self, kind: int, key: str) -> Any:

@@ -1,0 +1,39 @@
+"""Small quantised matrices that other libraries made, in tests/data/quant_*.safetensors.
+
+Made by compressed-tensors 0.20.0, bitsandbytes 0.50.2 (its CPU code), transformers 5.24.0 (Fp8Dequantize), AutoAWQ 0.2.9, AutoGPTQ 0.7.1
+(GPTQ v1) and GPTQModel 7.7.0 (v2); `made by` in the metadata of each file says it again. A file holds cases: the stored tensors of a
+module, `CASE.PART`, and `CASE.expected`, the values that the library itself gives for them (in float32 where it allows that).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from flashformer.checkpoint.safetensors import SafetensorsFile
+
+_TYPES = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3": ml_dtypes.float8_e4m3fn,
+    "float8_e8m0": ml_dtypes.float8_e8m0fnu,
+}
+
+Parts = dict[str, np.ndarray]
+
+
+def load(library: str) -> dict[str, Parts]:
+    """The cases of a file, each with its tensors by part."""
+    file = SafetensorsFile(Path(__file__).parent / "data" / f"quant_{library}.safetensors")
+    cases: dict[str, Parts] = {}
+    for name, spec in file.specs.items():
+        case, _, part = name.partition(".")
+        dtype = np.dtype(_TYPES.get(spec.dtype, spec.dtype))
+        cases.setdefault(case, {})[part] = file.file.array(file.begins[name], dtype, spec.shape)
+    return cases
+
+
+def stored(parts: Parts) -> Parts:
+    """What a checkpoint would hold of a case."""
+    return {part: tensor for part, tensor in parts.items() if not part.startswith("expected")}
