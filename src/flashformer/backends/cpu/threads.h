@@ -2,7 +2,6 @@
 #pragma once
 #include <sched.h>
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -37,34 +36,6 @@ inline std::vector<int> allowed_cpus() {
   return cpus;
 }
 
-// A wait that spins, then lets others run, and ends: `more` is false once about `limit` seconds have been spent here.
-class Patience {
- public:
-  Patience(double limit, u32 spins) : spins_(spins), limit_(limit) {}
-
-  bool more() {
-    if (spins_) {
-      spins_--;
-      pause_cpu();
-      return true;
-    }
-    // NOTE: a process that was stopped for a while has not waited all that time, so one turn counts a millisecond at most.
-    if (yielded_) waited_ += std::min(seconds_since(last_), 1e-3);
-    yielded_ = true;
-    last_ = Clock::now();
-    if (waited_ > limit_) return false;
-    sched_yield();
-    return true;
-  }
-
- private:
-  u32 spins_;
-  bool yielded_ = false;
-  double waited_ = 0;
-  double limit_;
-  Clock::time_point last_;
-};
-
 // Counts arrivals; a worker that has passed n barriers of `members` goes on when n * members have arrived.
 class Barrier {
  public:
@@ -73,19 +44,48 @@ class Barrier {
 
   void reset() { arrived_.store(0, std::memory_order_relaxed); }
 
-  // True when all have arrived, false when `limit` seconds were not enough or `given_up` says so.
-  bool meet(u64& goal, u32 members, double limit, const std::atomic<u32>& given_up) {
+  // True when all have arrived, false when `limit` seconds were not enough or `given_up` says so. `meanwhile()` is called again
+  // and again while this worker spins.
+  template <class Meanwhile>
+  bool meet(u64& goal, u32 members, double limit, const std::atomic<u32>& given_up, Meanwhile meanwhile) {
     goal += members;
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == goal) return true;
-    Patience patience(limit, spins_);
-    while (arrived_.load(std::memory_order_acquire) < goal)
-      if (given_up.load(std::memory_order_relaxed) || !patience.more()) return false;
-    return true;
+    if (arrived_.fetch_add(1) + 1 == goal) {
+      if (sleepers_.load()) wake();
+      return true;
+    }
+    for (u32 i = 0; i < spins_; i++) {
+      if (arrived_.load(std::memory_order_acquire) >= goal) return true;
+      meanwhile();
+      pause_cpu();
+    }
+    return sleep(goal, limit, given_up);
   }
 
  private:
-  static constexpr u32 kSpins = 4000;  // some 50 to 200 us: longer than any stage's imbalance
+  void wake() {
+    { std::lock_guard<std::mutex> lock(mutex_); }  // whoever is counted now sleeps, or sees the last arrival before it does
+    changed_.notify_all();
+  }
+
+  // NOTE: not sched_yield: where other programs run, it gives away a whole slice of time for what may be over in a microsecond.
+  bool sleep(u64 goal, double limit, const std::atomic<u32>& given_up) {
+    const std::chrono::duration<double> turn(kTurn);
+    bool all = false;
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_++;
+    // A turn counts for what it should take: a process that was stopped for a while has not waited all that time.
+    for (double waited = 0; !all && waited < limit && !given_up.load(std::memory_order_relaxed); waited += kTurn)
+      all = changed_.wait_for(lock, turn, [&] { return arrived_.load() >= goal; });
+    sleepers_--;
+    return all;
+  }
+
+  static constexpr u32 kSpins = 4000;    // some 50 to 200 us: longer than any stage's imbalance
+  static constexpr double kTurn = 0.01;  // seconds
   const u32 spins_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::atomic<u32> sleepers_{0};
   alignas(64) std::atomic<u64> arrived_{0};  // alone in its cache line
 };
 

@@ -32,6 +32,8 @@ struct Shared {
   std::atomic<u32> given_up{0};  // 1 + (stage << 16 | layer) of the first wait that took too long
 };
 
+constexpr int kAheadBytes = 128 << 10;  // what is fetched at a barrier at most: a part of the second cache
+
 template <class M>
 class Worker {
  public:
@@ -42,11 +44,16 @@ class Worker {
   u32 position = 0;
   bool wants_head = false;
 
-  // Everything that this worker does for one stage, then the barrier. After a wait that took too long nobody waits any more.
+  // Everything that this worker does for one stage, then the barrier, where the tape's next lines are fetched so that the memory
+  // does not idle. After a wait that took too long nobody waits any more.
   template <class Operator>
   void run(u32 layer = 0) {
     Operator::run(*this, layer);
-    if (s_.barrier.meet(goal_, M::kWorkers, s_.launch.limit, s_.given_up)) return;
+    const u8 *next = tape_ + kPrefetchBytes, *const last = next + kAheadBytes;
+    const auto look_ahead = [&next, last] {
+      for (int i = 0; i < 2 && next < last; i++, next += kLineBytes) prefetch(next);
+    };
+    if (s_.barrier.meet(goal_, M::kWorkers, s_.launch.limit, s_.given_up, look_ahead)) return;
     u32 none = 0;
     s_.given_up.compare_exchange_strong(none, 1 + (Operator::Stage::kWhere << 16 | layer));
   }
