@@ -217,7 +217,14 @@ def test_a_model_without_chat_template(tmp_path: Path) -> None:
     assert code == 2 and "error: this model has no chat template" in err and "flashformer generate" in err
 
 
-IN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from flashformer.cli import main; main()"
+# NOTE: where the tests run in the background, SIGINT is ignored, and children inherit that.
+IN_TERMINAL = """
+import fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from flashformer.cli import main
+main()
+"""
 
 
 def test_a_person_at_a_terminal(folder: Path) -> None:
@@ -233,14 +240,20 @@ def test_a_person_at_a_terminal(folder: Path) -> None:
             ("\x1b[A", "Hello"),  # the arrow that goes back in the history
             ("\x03", "Ctrl-C again or Ctrl-D leaves.\r\n> "),
         ):
-            os.write(ours, typed.encode())
+            press(ours, typed)
             until(ours, shown)
-        os.write(ours, b"\x03")
+        press(ours, "\x03")
         assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def press(terminal: int, keys: str) -> None:
+    """Type as a person would: a Ctrl-C in the moment in which readline is still busy with the key before waits for the next key."""
+    time.sleep(0.5)
+    os.write(terminal, keys.encode())
 
 
 def until(terminal: int, text: str, seconds: float = 60.0) -> None:
