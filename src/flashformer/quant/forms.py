@@ -40,15 +40,22 @@ class Affine:
         values = part.q.astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # an infinite scale of a damaged file gives infinite values
             if part.zero is not None:
-                values -= self._columns(part.zero)
-            values *= self._columns(part.scale)
+                self._apply(np.subtract, values, part.zero)
+            self._apply(np.multiply, values, part.scale)
             if part.minimum is not None:
-                values += self._columns(part.minimum)
+                self._apply(np.add, values, part.minimum)
         return values
 
-    def _columns(self, grouped: np.ndarray) -> np.ndarray:
-        """[rows, groups] -> [rows, K]."""
-        return np.repeat(grouped, self.group, axis=1)[:, : self.q.shape[1]] if self.group_of is None else grouped[:, self.group_of]
+    def _apply(self, operation: np.ufunc, values: np.ndarray, grouped: np.ndarray) -> None:
+        """operation(values [rows, K], each column's of grouped [rows, groups]), in place."""
+        if self.group_of is not None:
+            grouped = grouped[:, self.group_of]
+        elif values.shape[1] % self.group == 0:
+            values = values.reshape(len(values), grouped.shape[1], self.group)  # a view, so that nothing is repeated in memory
+            grouped = grouped[:, :, None]
+        else:
+            grouped = np.repeat(grouped, self.group, axis=1)[:, : values.shape[1]]
+        operation(values, grouped, out=values)
 
 
 @dataclass(frozen=True)
