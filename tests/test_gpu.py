@@ -157,7 +157,7 @@ def test_stops_and_early_ends(tmp_path: Path) -> None:
         assert list(runner.generate([5, 6], 0, 20, {stop})) == expected
         tokens = runner.generate([5, 6], 0, 200, ())
         assert next(tokens) == answer[0]
-        tokens.close()  # type: ignore[attr-defined]
+        tokens.close()
         assert list(runner.generate([5, 6], 0, 20, ())) == answer
         assert runner.stats.generated_tokens == 20 and runner.stats.bytes_read > 0 and runner.stats.generate_seconds > 0
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .plan import Geometry, Plan, ceil_div
+from .plan import Geometry, Plan, Stage, ceil_div
 
 UNIT = 512  # bytes: chunk offsets count these, so that 32 bits reach 2 TB
 
@@ -88,6 +88,16 @@ def lay_tapes(plan: Plan) -> Tape:
     offset = (row_ends - ends[:, -1])[:, None] + (ends - units)
     nbytes = int(row_ends[-1]) * UNIT
     return Tape(offset, size, starts, nbytes) if plan.target.kind == "cuda" else Tape(offset.T, size.T, starts, nbytes)
+
+
+def block_rows(stage: Stage, number: int) -> np.ndarray:
+    """The row of a linear stage at which each row of its block `number` lies, int64 [rows]."""
+    assert stage.linear is not None and stage.geometry is not None
+    block, half = stage.linear.blocks[number], stage.geometry.tile_rows // 2
+    r = np.arange(block.rows)
+    if stage.linear.interleave:
+        return r // half * stage.geometry.tile_rows + number * half + r % half
+    return sum(b.padded for b in stage.linear.blocks[:number]) + r // block.group * block.stride + r % block.group
 
 
 def tile_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 from .errors import PlanError
 from .fuse import LinearSpec
 from .plan import BLOCK_POSITIONS, COLUMN_HEADS, HEAD_MULTIPLE, Geometry, Plan, Stage, ceil_div, round_up
-from .tape import UNIT, Tape, lay_tapes
+from .tape import UNIT, Tape, block_rows, lay_tapes
 
 # The stages as the kernels walk them: (name, kind, what a linear stage does with its result).
 FIRST = (("embed", "embed", ""),)
@@ -333,11 +333,9 @@ def _padding_owned_by_awaited(plan: Plan) -> None:
     for s, spec, _ in _linear(plan):
         if plan.target.kind == "cpu" or not spec.has_empty_tiles(rows):
             continue
-        real, base = np.zeros(s.tiles, bool), 0
-        for b in spec.blocks:
-            row = np.arange(b.rows)
-            real[(base + row // b.group * b.stride + row % b.group) // rows] = True
-            base += b.padded
+        real = np.zeros(s.tiles, bool)
+        for number in range(len(spec.blocks)):
+            real[block_rows(s, number) // rows] = True
         owner = np.repeat(np.arange(len(s.count)), s.count)
         late = owner[~real & (np.array(plan.stages[0].count)[owner] == 0)]
         if len(late):

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...checkpoint import Checkpoint
 from ...plan import Plan, Stage
-from ...tape import UNIT, lay_tapes, tile_offsets
+from ...tape import UNIT, block_rows, lay_tapes, tile_offsets
 from .codegen import LAYER_RANGES, LINE, Source, columns, linear_stages
 
 LINE_BYTES = 2 * LINE
@@ -35,16 +35,6 @@ class Layout:
     tape_start: np.ndarray  # uint64 [workers] bytes
     embedding: np.ndarray  # SEGMENT [n], ascending: where the rows of the embedding table lie
     nbytes: int
-
-
-def block_rows(stage: Stage, number: int) -> np.ndarray:
-    """The row of a linear stage at which each row of its block `number` lies, int64 [rows]."""
-    assert stage.linear is not None and stage.geometry is not None
-    block, half = stage.linear.blocks[number], stage.geometry.tile_rows // 2
-    r = np.arange(block.rows)
-    if stage.linear.interleave:
-        return r // half * stage.geometry.tile_rows + number * half + r % half
-    return sum(b.padded for b in stage.linear.blocks[:number]) + r // block.group * block.stride + r % block.group
 
 
 def lay_out(plan: Plan) -> Layout:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ...plan import Plan
-from ...tape import Tape, tile_offsets
+from ...tape import Tape, block_rows, tile_offsets
 from .. import Progress
 from .codegen import Vectors
 from .driver import Context
@@ -183,7 +183,6 @@ def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights) -> np.ndarray
     def vector(name: str) -> np.ndarray:
         return np.asarray(weights.read(name)).astype(np.float32)
 
-    rows = plan.target.tile_rows
     for stage in plan.stages:
         if stage.kind == "embed":
             out[vectors.embed_gamma : vectors.embed_gamma + plan.config.hidden_size] = vector(stage.publish_gamma)
@@ -195,16 +194,9 @@ def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights) -> np.ndarray
         if stage.publish_gamma:
             at = base + vectors.gamma[stage.name]
             out[at : at + plan.config.hidden_size] = vector(stage.publish_gamma)
-        first = 0
         for number, block in enumerate(stage.linear.blocks):
             if block.bias:
-                r = np.arange(block.rows)
-                if stage.linear.interleave:
-                    place = r // (rows // 2) * rows + r % (rows // 2) + number * (rows // 2)
-                else:
-                    place = first + r // block.group * block.stride + r % block.group
-                out[base + vectors.bias[stage.name] + place] = vector(block.bias)
-            first += block.padded
+                out[base + vectors.bias[stage.name] + block_rows(stage, number)] = vector(block.bias)
     return out
 
 

@@ -215,7 +215,6 @@ FF_DEVICE u64 nanoseconds() {  // the same for all blocks
 // ---- global memory shared by all blocks ----
 
 FF_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-FF_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Constants of the model. NOTE: volatile, so that the load stays where it is written: in front of the wait that hides it. The
 // weights that stream by have long evicted these from the cache.

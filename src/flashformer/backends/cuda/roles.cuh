@@ -68,12 +68,12 @@ struct Block {
         p.trace[(((role * M::kWorkers + blockIdx.x) * (M::kLayers + 1) + layer) * M::kStages + stage) * 2 + event] = nanoseconds();
   }
   FF_DEVICE u64* words(int offset) const { return p.exchange + offset; }
-  // Version tag of what is handed over in front of `layer` of the token that is being made.
   // Opaque, so that what follows from a step is computed where it is used and not kept through all layers.
   static FF_DEVICE u32 fresh(u32 step) {
     asm volatile("" : "+r"(step));
     return step;
   }
+  // Version tag of what is handed over in front of `layer` of the token that is being made.
   FF_DEVICE u32 tag(u32 step, u32 layer) const { return (p.epoch + fresh(step)) * (M::kLayers + 1) + layer; }
   FF_DEVICE u32 position(u32 step) const { return p.start + fresh(step); }
   // The prompt's tokens need no head unless their logits are wanted.
