@@ -65,7 +65,7 @@ struct Attention {
       const bool newest = first + count == share.per_head;
       c.sync();  // the piece before this one may still be read
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-      prepare(c, layer, head, position, c.tag(step, layer), newest, piece == 0 ? c.looks_place(S::kWhere) : 0);
+      prepare(c, layer, head, position, c.tag(step, layer), newest);
       c.sync();
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
       float out[kSteps][4];
@@ -91,13 +91,12 @@ struct Attention {
 
   // Vectors of heads from the exchange; each lane keeps the pairs that the rotation mixes.
   template <int kCount>
-  static FF_DEVICE void gather(Consumer<M>& c, Vector (&v)[kCount], const int (&at)[kCount], u32 tag, u32 place) {
+  static FF_DEVICE void gather(Consumer<M>& c, Vector (&v)[kCount], const int (&at)[kCount], u32 tag) {
     const u64* words = c.words(S::kInput) + c.lane;
-    Looks<M> looks(place);
+    Wait wait;
     bool here;
 #pragma unroll 1
     do {
-      if (!looks.again(c.watch)) break;
       u64 w[kCount][kPairs][2] = {};
 #pragma unroll
       for (int i = 0; i < kCount; i++)
@@ -120,7 +119,7 @@ struct Attention {
             here = here && low.tag == tag && high.tag == tag;
           }
         }
-    } while (!looks.found(here, c.lane));
+    } while (!__all_sync(kAllLanes, here) && !__any_sync(kAllLanes, wait.expired(c.watch)));
   }
 
   static FF_DEVICE Vector norm_weights(const Consumer<M>& c, u32 layer, int at) {
@@ -165,7 +164,7 @@ struct Attention {
 
   // Warp w: query head w of this piece into shared memory; with the newest position also its score against this token's key.
   // Warp 0 appends the key, the first warp without a query (or the last) the value.
-  static FF_DEVICE void prepare(Consumer<M>& c, u32 layer, u32 head, u32 position, u32 tag, bool newest, u32 looks) {
+  static FF_DEVICE void prepare(Consumer<M>& c, u32 layer, u32 head, u32 position, u32 tag, bool newest) {
     const u32 queries = Heads<M>::queries(head), kv_head = Heads<M>::kv_head(head);
     if (c.warp < queries) {
       constexpr bool kEarly = kPairs <= 2;  // norm weights are here before the query; those of large heads would spill
@@ -178,10 +177,10 @@ struct Attention {
       const int query_at = (Heads<M>::first_query(head) + c.warp) * M::kHeadPad;
       Vector v[2];  // query, key
       if (newest) {
-        gather(c, v, {query_at, Heads<M>::kKeys + (int)kv_head * M::kHeadPad}, tag, looks);
+        gather(c, v, {query_at, Heads<M>::kKeys + (int)kv_head * M::kHeadPad}, tag);
       } else {
         Vector only[1];
-        gather(c, only, {query_at}, tag, looks);
+        gather(c, only, {query_at}, tag);
         v[0] = only[0];
       }
       normalise(v[0], kEarly ? query_norm : norm_weights(c, layer, M::kQueryNorm));
@@ -207,7 +206,7 @@ struct Attention {
     }
     if (newest && c.warp == value_warp(queries)) {
       Vector v[1];
-      gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, tag, c.warp < queries ? 0 : looks);
+      gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, tag);
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
         if (has(c.lane, r)) {

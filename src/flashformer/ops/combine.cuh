@@ -40,11 +40,10 @@ struct Combine {
         const u32 block = mine ? base + f.lane : last;
         const u32 piece = (block * M::kPieces + share.piece(block, head)) * M::kPieceWords;
         float weight, part, z[kBatch][2];
-        Looks<M> looks(f.looks_place(local == f.index && base == first ? S::kWhere : 0));
+        Wait wait;
         bool here;
 #pragma unroll 1
         do {
-          if (!looks.again(f.watch)) break;
           u64 softmax[2], w[kBatch][2] = {};
           load_words(f.words(S::kInput) + piece + 8 * M::kHeadPad + column * 2, softmax[0], softmax[1]);
 #pragma unroll
@@ -61,7 +60,7 @@ struct Combine {
           }
           weight = value(softmax[0]);
           part = value(softmax[1]);
-        } while (!looks.found(here, f.lane));
+        } while (!__all_sync(kAllLanes, here) && !__any_sync(kAllLanes, wait.expired(f.watch)));
         const float most = fmaxf(top, warp_max(weight)), shrink = exp2_approx(top - most);
         weight = mine ? exp2_approx(weight - most) : 0;
         sum = sum * shrink + warp_sum(weight * part);
@@ -81,7 +80,7 @@ struct Combine {
         y1 += __shfl_xor_sync(kAllLanes, y1, o);
       }
       if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
-      if (f.lane < 4) store_word(f.words(S::kOutput) + at / 2 + pair, T::pack(__fdividef(y0, sum), __fdividef(y1, sum)), tag);
+      if (f.lane < 4) f.publish(S::kOutput + at / 2 + pair, T::pack(__fdividef(y0, sum), __fdividef(y1, sum)), tag);
     }
   }
 

@@ -20,7 +20,7 @@ struct Embed {
       const float gamma = real ? __ldg(f.p.vectors + S::kGamma + index) : 0;
       if (mine) store_shared_float(f.residual(local, row), y);
       const float out = y * gamma, next = __shfl_down_sync(kAllLanes, out, 1);
-      if (mine && !(row & 1)) store_word(f.words(S::kOutput) + tile * 4 + row / 2, T::pack(out, next), tag);
+      if (mine && !(row & 1)) f.publish(S::kOutput + tile * 4 + row / 2, T::pack(out, next), tag);
     }
     f.publish_moment(S::kMomentOut, tag, tiles);
     f.fetch_gamma(f.p.vectors + S::kNextGamma, tiles);

@@ -24,7 +24,7 @@ struct Operand {
   FF_DEVICE void gather(const C& c, u32 tag) {
     constexpr int kBatch = kSlices > 8 ? (C::Model::kBulkCopy ? 7 : 4) : kSlices;  // loads in flight a lane; more would spill
     const u32 first = (c.warp % S::kWarpsColumns) * kWarpColumns + c.lane * 4;
-    const u64* words = c.words(S::kInput) + first / 2;
+    const u64* words = c.copy(S::kInput) + first / 2;
     u32 missing = 0;  // one bit a slice
 #pragma unroll
     for (int i = 0; i < kSlices; i++) {
@@ -61,7 +61,7 @@ struct Operand {
 template <class M, class S>
 FF_DEVICE float norm_scale(const Finisher<M>& f, u32 tag) {
   constexpr int kWords = ceil_div(M::kOwners, 32);
-  const u64* words = f.words(S::kMomentIn) + f.lane;
+  const u64* words = f.copy(S::kMomentIn) + f.lane;
   float total = 0;
   bool here;
   Looks<M> looks(f.looks_place(S::kWhere));
@@ -237,6 +237,6 @@ struct Linear {
   // Rows come in pairs: the even lane publishes both.
   static FF_DEVICE void publish_pairs(Finisher<M>& f, float y, u32 word, bool mine, u32 row, u32 tag) {
     const float next = __shfl_down_sync(kAllLanes, y, 1);
-    if (mine && !(row & 1)) store_word(f.words(S::kOutput) + word + row / 2, T::pack(y, next), tag);
+    if (mine && !(row & 1)) f.publish(S::kOutput + word + row / 2, T::pack(y, next), tag);
   }
 };

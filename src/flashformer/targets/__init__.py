@@ -35,8 +35,8 @@ class Target:
     window: tuple[tuple[int, int], ...] = ()
     prefetch_chunks: int = 0  # how far L2 prefetches run ahead of a full ring
     prefetch_cycles: int = 0  # between two of them: an SM's fair share of the bandwidth
-    first_look_cycles: int = 0  # before a vector is polled, until a reader has learnt how long it takes
-    repoll_cycles: int = 0  # between polls of what had not arrived
+    first_look_cycles: int = 0  # before a vector is polled: an exchange takes no less
+    exchange_copies: int = 1  # of a vector that every SM reads, so that not all poll the same lines
     kv_min_blocks: int = 2  # fewest blocks of the KV cache that are worth a piece of their own
     kv_slack_bytes: int = 65536  # of the KV cache that an SM may read beyond its even share, so that it meets one head only
 

@@ -22,6 +22,6 @@ TARGET = Target(
     window=((1, 5 * CHUNK), (2, 4 * CHUNK), (8, 3 * CHUNK), (99, 2 * CHUNK)),
     prefetch_chunks=12,
     prefetch_cycles=900,
-    first_look_cycles=1700,
-    repoll_cycles=200,
+    first_look_cycles=1500,
+    exchange_copies=4,
 )

@@ -197,7 +197,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("u32", "kPrefetchChunks", t.prefetch_chunks),
         ("int", "kPrefetchCycles", t.prefetch_cycles),
         ("u32", "kFirstLook", t.first_look_cycles),
-        ("u32", "kRepollCycles", t.repoll_cycles),
+        ("int", "kCopies", t.exchange_copies),
+        ("int", "kExchangeWords", exchange_words),
         ("bool", "kTrace", trace),
         ("int", "kStages", len(names)),
         ("u32", "kStreamWhere", names.index(STREAM)),
@@ -274,7 +275,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append("  }\n};\n")
     text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
-    return Source("\n".join(text) + "\n", names, vectors, exchange_words)
+    return Source("\n".join(text) + "\n", names, vectors, exchange_words * t.exchange_copies)
 
 
 def include_paths() -> list[Path]:

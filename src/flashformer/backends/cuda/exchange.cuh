@@ -62,39 +62,35 @@ struct Wait {
   }
 };
 
-// When a warp looks for a vector that others publish. Every look costs them time, so each reader learns for each stage how long
-// its data takes: it looks for the first time about when the data came in the layers before, and again only after a pause.
+// When a warp looks for a vector that others publish. A look that comes too early costs them time, so each reader learns for each
+// stage how long its data takes: it looks for the first time about when the data came in the layers before, and never sooner than
+// an exchange can be. What is missing then is about to come: it looks again at once.
 // NOTE: this decides when, never what: a result does not depend on it.
 template <class M>
 struct Looks {
-  static constexpr u32 kStep = 64;  // cycles, sooner or later: half of the first looks find all
+  static constexpr u32 kStep = 64;  // cycles, sooner or later. NOTE: equal steps: readers who come late delay all, who then learn to come later
   static constexpr u32 kLatest = 40000;
   Wait wait;
-  u32 since, pause;
-  u32 place;  // shared memory where this warp keeps what it learnt for this stage; 0: it has waited already and looks at once
+  u32 delay;
+  u32 place;  // shared memory where this warp keeps what it learnt for this stage
   bool first = true;
 
-  FF_DEVICE explicit Looks(u32 place) : since(wait.start), pause(place ? load_shared(place) : 0), place(place) {}
+  FF_DEVICE explicit Looks(u32 place) : delay(load_shared(place)), place(place) {}
 
   // Before each look; false: give up.
   FF_DEVICE bool again(const Watch& watch) {
-    if (!first && __any_sync(kAllLanes, wait.expired(watch))) return false;
-    while (clock32() - since < pause) {
-    }
-    return true;
+    if (first) wait.at_least(delay);
+    return first || !__any_sync(kAllLanes, wait.expired(watch));
   }
   // After each look of all lanes, each with its part; true: all of it is here.
   FF_DEVICE bool found(bool here, u32 lane) {
     here = __all_sync(kAllLanes, here);
-    if (first && place && lane == 0) {
-      const u32 sooner = pause > kStep ? pause - kStep : 0, later = pause < kLatest ? pause + kStep : pause;
+    if (first && lane == 0) {
+      const u32 sooner = delay > M::kFirstLook + kStep ? delay - kStep : M::kFirstLook, later = delay < kLatest ? delay + kStep : delay;
       store_shared(place, here ? sooner : later);
     }
     first = false;
-    if (here) return true;
-    since = clock32();
-    pause = M::kRepollCycles;
-    return false;
+    return here;
   }
 };
 

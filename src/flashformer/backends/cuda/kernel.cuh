@@ -21,7 +21,7 @@ FF_DEVICE void decode(const Params& p) {
   for (u32 i = thread; i < M::kTileWords; i += M::kThreads)
     store_shared(shared + L::kTiles + i * 4, p.tiles[i * M::kWorkers + blockIdx.x]);
   for (u32 i = thread; i < (kConsumers + M::kFinishers) * M::kStages; i += M::kThreads)
-    store_shared(shared + L::kLooks + i * 4, i % M::kStages ? M::kFirstLook : 0);
+    store_shared(shared + L::kLooks + i * 4, M::kFirstLook);
   if (thread == 0) {
     for (int s = 0; s < L::kSlots; s++) {
       barrier_init(shared + L::kFull + s * 8, M::kBulkCopy ? 1 : 32);

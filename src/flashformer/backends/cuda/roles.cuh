@@ -68,6 +68,12 @@ struct Block {
         p.trace[(((role * M::kWorkers + blockIdx.x) * (M::kLayers + 1) + layer) * M::kStages + stage) * 2 + event] = nanoseconds();
   }
   FF_DEVICE u64* words(int offset) const { return p.exchange + offset; }
+  // A vector that every block reads exists in several copies, so that not all poll the same lines. Here is this block's.
+  FF_DEVICE const u64* copy(int offset) const { return p.exchange + offset + blockIdx.x % M::kCopies * M::kExchangeWords; }
+  FF_DEVICE void publish(u32 at, u32 value, u32 tag) const {
+#pragma unroll
+    for (int i = 0; i < M::kCopies; i++) store_word(p.exchange + at + i * M::kExchangeWords, value, tag);
+  }
   // Opaque, so that what follows from a step is computed where it is used and not kept through all layers.
   static FF_DEVICE u32 fresh(u32 step) {
     asm volatile("" : "+r"(step));
@@ -102,7 +108,6 @@ struct Producer;  // stream.cuh
 template <class M>
 struct Consumer : Block<M> {
   using L = Layout<M>;
-  static constexpr int kRepoll = M::kRepollCycles;
   u32 slot = 0, phase = 0;  // of the ring
   u32 turn = 0;             // groups handed over, modulo two rounds of the reduction buffers; buffer b is finisher b % finishers'
 
@@ -176,6 +181,6 @@ struct Finisher : Block<M> {
       sum += y * y;
     }
     sum = warp_sum(sum);
-    if (this->lane == 0) store_word(this->words(offset) + (M::kOwners < M::kWorkers ? owned.x : blockIdx.x), __float_as_uint(sum), tag);
+    if (this->lane == 0) this->publish(offset + (M::kOwners < M::kWorkers ? owned.x : blockIdx.x), __float_as_uint(sum), tag);
   }
 };
