@@ -107,7 +107,8 @@ def test_the_kernel_gets_the_vectors_that_the_reference_reads() -> None:
     weights = RandomWeights(BIASED)
     plan = make_plan(BIASED, build_graph(BIASED), get("sm_90"))
     vectors = place_vectors(plan)
-    found = gather_vectors(plan, vectors, weights)
+    found, strange = gather_vectors(plan, vectors, weights)
+    assert not strange
     at = 1 * vectors.layer_size + vectors.gamma["attention_output"]
     assert np.array_equal(found[at : at + 128], weights.read("model.layers.1.post_attention_layernorm.weight").astype(np.float32))
     at = 2 * vectors.layer_size + vectors.bias["qkv"]

@@ -257,3 +257,27 @@ def test_nothing_is_left_on_the_device(tmp_path: Path) -> None:
         with running(folder) as (runner, _):
             free.append(runner.context.free_bytes())
     assert len(set(free[1:])) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "odd sizes"])
+def test_the_tapes_do_not_depend_on_how_matrices_are_cut(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path, tie_word_embeddings=True, **MODELS[name])
+    tapes = []
+    for slot_bytes in (1 << 20, 1 << 14):  # every matrix at once, and in more pieces than there are slots
+        monkeypatch.setattr("flashformer.backends.cuda.pack.SLOT_BYTES", (slot_bytes, slot_bytes))
+        with running(folder) as (runner, _):
+            whole = runner.context.download(runner.arena, np.zeros(runner.arena_bytes, np.uint8), "weights")
+            tapes.append((whole, runner.logits([1, 2, 3], 0)))
+            assert sum(runner.context.pinned.values()) < 1 << 16  # the slots are given back
+    assert tapes[0][0].any() and all(np.array_equal(a, b) for a, b in zip(*tapes, strict=True))
+
+
+def test_strange_norms_are_warned_of(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = write_folder(tmp_path, make_config(), dtype="float32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = np.inf
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"layers\.1\.input_layernorm\.weight holds values that are not finite"), running(folder):
+        pass

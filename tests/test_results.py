@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashformer.errors import ConfigError, InputError
@@ -20,13 +23,14 @@ from flashformer.targets import get
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("decode-*.json"))
+LOADS = sorted((ROOT / "benchmarks" / "results").glob("load-*.json"))
 
 
 def script(name: str) -> Any:
     """A program of benchmarks/ as a module."""
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -51,6 +55,20 @@ def test_records_are_complete_and_consistent(path: Path) -> None:
             config = shape(record.model)
             plan = make_plan(config, build_graph(config), get("sm_90"))
             assert record.bytes_per_token == plan.token_bytes(record.context + record.tokens_timed // 2)
+
+
+@pytest.mark.parametrize("path", LOADS, ids=lambda path: path.stem)
+def test_records_of_loads_are_complete_and_consistent(path: Path) -> None:
+    load = script("load")
+    records = [load.LoadRecord(**record) for record in json.loads(path.read_text())]
+    assert len({record.model for record in records}) == len(records)
+    for record in records:
+        sizes = [2 * int(np.prod(w.shape)) for w in build_graph(shape(record.model)).weights().values()]
+        assert record.bytes == sum(sizes) and record.host_limit_bytes == 2 * max(sizes) + 100e6
+        assert all(list(parts) == list(load.PARTS) and min(parts.values()) >= 0 for parts in (record.first, *record.cached))
+        packing = statistics.median(parts["pack"] for parts in record.cached)
+        assert record.pack_gb_s == pytest.approx(sum(sizes) / packing / 1e9)
+        assert record.fraction_of_copy == pytest.approx(record.pack_gb_s / record.copy_gb_s)
 
 
 def test_unknown_shapes_are_refused() -> None:

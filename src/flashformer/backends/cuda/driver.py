@@ -99,14 +99,21 @@ class Context:
         self.device = check(driver.cuDeviceGet(ordinal), "open the GPU")
         self.context = check(driver.cuDevicePrimaryCtxRetain(self.device), "make a context")
         self.buffers: list[int] = []
-        self.pinned: list[int] = []
+        self.pinned: dict[int, int] = {}  # address -> bytes
+        self.pinned_peak = 0  # most bytes of it at a time
         self.modules: list[Any] = []
+        self.streams: list[Any] = []
         self.use()
-        self.stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "make a stream")
+        self.stream = self.new_stream()
 
     def use(self) -> None:
         """Make the context current in this thread."""
         check(self.driver.cuCtxSetCurrent(self.context), "use the GPU")
+
+    def new_stream(self) -> Any:
+        """A further stream; what is not told otherwise runs on the first, `stream`."""
+        self.streams.append(check(self.driver.cuStreamCreate(self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "make a stream"))
+        return self.streams[-1]
 
     def free_bytes(self) -> int:
         """Device memory that is free now."""
@@ -125,20 +132,29 @@ class Context:
         self.buffers.remove(pointer)
         check(self.driver.cuMemFree(pointer), "free memory")
 
-    def allocate_pinned(self, nbytes: int, what: str) -> tuple[int, np.ndarray]:
-        """Zeroed host memory that the device sees: (address on both sides, bytes as uint8 array)."""
+    def allocate_pinned(self, nbytes: int, what: str, fill: int | None = None) -> tuple[int, np.ndarray]:
+        """Host memory that the device sees, optionally filled with a byte: (address on both sides, bytes as uint8 array)."""
         address = int(check(self.driver.cuMemHostAlloc(nbytes, 2), f"pin {nbytes / 1e6:.0f} MB of host memory for {what}"))
-        self.pinned.append(address)
+        self.pinned[address] = nbytes
+        self.pinned_peak = max(self.pinned_peak, sum(self.pinned.values()))
         array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
-        array[:] = 0
+        if fill is not None:
+            array[:] = fill
         return address, array
+
+    def free_pinned(self, address: int) -> None:
+        """Give back one such allocation."""
+        del self.pinned[address]
+        check(self.driver.cuMemFreeHost(address), "free pinned memory")
 
     def upload(self, array: np.ndarray, what: str) -> int:
         """A copy of a small host array on the device."""
         array = np.ascontiguousarray(array)
         pointer = self.allocate(array.nbytes, what)
         if array.nbytes:
-            check(self.driver.cuMemcpyHtoD(pointer, array.ctypes.data, array.nbytes), f"copy {what}")
+            # NOTE: a copy outside our streams may end after the call does, and kernels on them would not wait for it.
+            check(self.driver.cuMemcpyHtoDAsync(pointer, array.ctypes.data, array.nbytes, self.stream), f"copy {what}")
+            self.wait()
         return pointer
 
     def download(self, pointer: int, array: np.ndarray, what: str) -> np.ndarray:
@@ -146,9 +162,9 @@ class Context:
         check(self.driver.cuMemcpyDtoH(array.ctypes.data, pointer, array.nbytes), f"copy {what} back")
         return array
 
-    def copy_async(self, pointer: int, address: int, nbytes: int) -> None:
-        """Host (pinned) to device, on our stream."""
-        check(self.driver.cuMemcpyHtoDAsync(pointer, address, nbytes, self.stream), "copy to the GPU")
+    def copy_async(self, pointer: int, address: int, nbytes: int, stream: Any = None) -> None:
+        """Host (pinned) to device, on a stream."""
+        check(self.driver.cuMemcpyHtoDAsync(pointer, address, nbytes, self.stream if stream is None else stream), "copy to the GPU")
 
     def load(self, cubin: bytes) -> Any:
         """A module from machine code."""
@@ -170,21 +186,23 @@ class Context:
         return int(check(self.driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared), "ask for occupancy"))
 
     def launch(
-        self, function: Any, grid: int, threads: int, arguments: tuple[Any, ...], shared: int = 0, cooperative: bool = False
-    ) -> None:
-        """Start a kernel on our stream. Arguments are ctypes values or structures."""
+        self, function: Any, grid: int, threads: int, arguments: tuple[Any, ...], shared: int = 0, cooperative: bool = False,
+        stream: Any = None,
+    ) -> None:  # fmt: skip
+        """Start a kernel on a stream. Arguments are ctypes values or structures."""
+        stream = self.stream if stream is None else stream
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         where = ctypes.addressof(addresses)
         if cooperative:
-            result = self.driver.cuLaunchCooperativeKernel(function, grid, 1, 1, threads, 1, 1, shared, self.stream, where)
+            result = self.driver.cuLaunchCooperativeKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, where)
         else:
-            result = self.driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, self.stream, where, 0)
+            result = self.driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, where, 0)
         check(result, "launch a kernel")
 
-    def event(self) -> Any:
-        """An event recorded on our stream now."""
+    def event(self, stream: Any = None) -> Any:
+        """An event recorded on a stream now."""
         event = check(self.driver.cuEventCreate(0), "make an event")
-        check(self.driver.cuEventRecord(event, self.stream), "record an event")
+        check(self.driver.cuEventRecord(event, self.stream if stream is None else stream), "record an event")
         return event
 
     def done(self, event: Any) -> bool:
@@ -197,6 +215,11 @@ class Context:
         check((code,), "run the kernel")
         return True
 
+    def finish(self, event: Any) -> None:
+        """Wait for the work before an event, and destroy the event."""
+        check(self.driver.cuEventSynchronize(event), "run the kernel")
+        check(self.driver.cuEventDestroy(event), "destroy an event")
+
     def elapsed(self, first: Any, last: Any) -> float:
         """Seconds between two events; waits for the second and destroys both."""
         check(self.driver.cuEventSynchronize(last), "run the kernel")
@@ -206,7 +229,7 @@ class Context:
         return milliseconds / 1e3
 
     def wait(self) -> None:
-        """Until our stream is idle."""
+        """Until the first stream is idle."""
         check(self.driver.cuStreamSynchronize(self.stream), "run the kernel")
 
     def close(self) -> None:
@@ -214,13 +237,15 @@ class Context:
         if self.context is None:
             return
         self.use()
-        self.driver.cuStreamSynchronize(self.stream)
+        for stream in self.streams:
+            self.driver.cuStreamSynchronize(stream)
         for module in self.modules:
             self.driver.cuModuleUnload(module)
         for pointer in self.buffers:
             self.driver.cuMemFree(pointer)
         for address in self.pinned:
             self.driver.cuMemFreeHost(address)
-        self.driver.cuStreamDestroy(self.stream)
+        for stream in self.streams:
+            self.driver.cuStreamDestroy(stream)
         self.driver.cuDevicePrimaryCtxRelease(self.device)
         self.context = None

@@ -1,26 +1,34 @@
 """Weights -> tapes, on the GPU: matrices go up as they are and a kernel puts every value in its place.
 
-The host needs two pinned staging buffers and nothing else, whatever the size of the model.
+A matrix goes in pieces of whole rows. Threads read pieces into pinned slots of host memory, while slots filled before are on
+their way to the GPU or being packed there. The host needs these slots and nothing else, whatever the size of the model.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from ...errors import CheckpointError
-from ...plan import Plan
+from ...plan import Plan, round_up
 from ...tape import Tape, block_rows, tile_offsets
 from .. import Progress
 from .codegen import Vectors
 from .driver import Context
 from .random_weights import RandomWeights
 
-STAGING_BYTES = 64 << 20
+SLOTS = 16
+READING = 12  # of the slots, at most, are being filled; the others travel
+READERS = 8  # threads at most: more do not read faster than the bus carries
+SLOT_BYTES = (1 << 20, 8 << 20)  # least and most; between them, all slots together are as large as the largest matrix
 THREADS = 256
 TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # SourceType in tools.cuh
 
@@ -29,7 +37,7 @@ class Weights(Protocol):
     """What is packed: a checkpoint. The matrices of `RandomWeights` are drawn on the device."""
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A tensor, or some of its rows, as bfloat16, float16 or float32."""
+        """A tensor, or some of its rows, as bfloat16, float16 or float32. Several threads call it at a time."""
         ...
 
 
@@ -45,8 +53,34 @@ class PackJob(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of the checkpoint and where it goes: onto the tapes (`job`), into the embedding table, or (tied) both."""
+
+    name: str
+    rows: int
+    columns: int
+    strange: int  # address of the word that says whether it has values that are not finite
+    job: PackJob | None
+    embedding: int | None  # address of the table
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a matrix."""
+
+    matrix: Matrix
+    first: int
+    rows: int
+
+    @property
+    def values(self) -> int:
+        """How many values they hold."""
+        return self.rows * self.matrix.columns
+
+
 class Packer:
-    """Packs one model's weights through staging buffers that it owns."""
+    """Packs one model's weights through slots that it owns."""
 
     def __init__(self, context: Context, tools: Any, plan: Plan, weights: Weights, progress: Progress) -> None:
         self.context, self.plan, self.weights, self.progress = context, plan, weights, progress
@@ -54,134 +88,151 @@ class Packer:
         self.convert = context.function(tools, "flashformer_convert")
         self.random = context.function(tools, "flashformer_random")
         self.half_type = int(plan.config.dtype == "float16")
-        self.host = [] if isinstance(weights, RandomWeights) else [context.allocate_pinned(STAGING_BYTES, "staging") for _ in (0, 1)]
-        self.device = [context.allocate(STAGING_BYTES, "staging") for _ in (0, 1)]
-        self.busy: list[Any] = [None, None]  # event after the last use of each buffer
-        self.turn = 0
-        self.flags = context.allocate(4 * 4096, "flags", fill=0)
-        self.flag_names: list[str] = []
-        self.pool = ThreadPoolExecutor(4)
-        self.done_bytes = 0
-        self.total_bytes = plan.weight_bytes() + plan.config.vocab_size * plan.config.hidden_size * 2
+        shapes = [shape for shape in plan.weights.values() if len(shape) == 2]
+        fair = max(rows * columns for rows, columns in shapes) * 2 // SLOTS
+        widest = max(columns for _, columns in shapes) * 4 * 8  # 8 rows of float32
+        self.slot_bytes = round_up(max(min(max(fair, SLOT_BYTES[0]), SLOT_BYTES[1]), widest), 4096)
 
     def run(self, tape: Tape, arena: int, embedding: int) -> list[str]:
-        """Fill the arena of all tapes and the embedding table; returns the names of weights with values that are not finite."""
-        for index, stage in enumerate(self.plan.stages):
-            if stage.linear is None or stage.geometry is None:
-                continue
-            offsets = self.context.upload(tile_offsets(self.plan, tape, index).astype(np.uint64), "tile offsets")
-            base = 0
-            for number, block in enumerate(stage.linear.blocks):
-                g = stage.geometry
+        """Fill the arena of all tapes and the embedding table; returns the names of weights with values that are not finite.
+
+        Raises CheckpointError for a type that cannot be packed, and whatever reading the weights raises.
+        """
+        context = self.context
+        offsets = [tile_offsets(self.plan, tape, i).reshape(-1) for i, stage in enumerate(self.plan.stages) if stage.geometry]
+        offset_table = context.upload(np.concatenate(offsets).astype(np.uint64), "tile offsets")
+        begins = np.cumsum([0, *(len(part) for part in offsets)])
+        flags = context.allocate(4 * (len(self.plan.weights) + 1), "flags", fill=0)
+        slots = context.allocate(SLOTS * self.slot_bytes, "staging")
+        matrices = self._matrices(arena, [offset_table + 8 * int(at) for at in begins], flags, embedding)
+        total = sum(m.rows * m.columns for m in matrices)
+        done = 0
+        self.progress("packing weights", done, total)
+        context.wait()  # memory is cleared on the first stream
+        with closing(self._draw(matrices, slots) if isinstance(self.weights, RandomWeights) else self._send(matrices, slots)) as packed:
+            for piece in packed:
+                done += piece.values
+                if done < total:
+                    self.progress("packing weights", done, total)
+        context.wait()
+        found = context.download(flags, np.zeros(len(self.plan.weights) + 1, np.uint32), "flags")
+        for pointer in (offset_table, flags, slots):
+            context.free(pointer)
+        self.progress("packing weights", total, total)
+        return [m.name for m, strange in zip(matrices, found, strict=False) if strange]
+
+    def _matrices(self, arena: int, offsets: Sequence[int], flags: int, embedding: int) -> list[Matrix]:
+        """All matrices in the order in which the kernel reads them; `offsets`: addresses of each linear stage's tile offsets."""
+        found: list[Matrix] = []
+        linear = [stage for stage in self.plan.stages if stage.geometry]
+        for stage, tile_offset in zip(linear, offsets, strict=False):
+            base, g, spec = 0, stage.geometry, stage.linear
+            assert g is not None and spec is not None
+            for number, block in enumerate(spec.blocks):
+                strange = flags + 4 * len(found)
                 job = PackJob(
-                    tape=arena, tile_offset=offsets, half_type=self.half_type, columns=stage.linear.columns_used,
+                    tape=arena, tile_offset=tile_offset, strange=strange, half_type=self.half_type, columns=spec.columns_used,
                     row_base=base, row_group=block.group, row_stride=block.stride,
-                    column_group=stage.linear.column_group, column_stride=stage.linear.column_stride,
-                    half=number if stage.linear.interleave else -1,
-                    warps_columns=g.warps_columns, fragments=g.fragments, parts=g.parts,
+                    column_group=spec.column_group, column_stride=spec.column_stride,
+                    half=number if spec.interleave else -1, warps_columns=g.warps_columns, fragments=g.fragments, parts=g.parts,
                 )  # fmt: skip
-                for source, kind, first, rows, flag in self._pieces(block.weight, block.rows, stage.linear.columns_used):
-                    job.source, job.type, job.first_row, job.rows, job.strange = source, kind, first, rows, flag
-                    threads = -(-rows // 8) * g.warps_columns * g.fragments * 32
-                    self.context.launch(self.pack, -(-threads // THREADS), THREADS, (job,))
+                table = embedding if block.weight == self.plan.embedding else None
+                found.append(Matrix(block.weight, block.rows, spec.columns_used, strange, job, table))
                 base += block.padded
-            self.context.wait()
-            self.context.free(offsets)
-        self._embed(embedding)
-        return self._finish()
+        if all(m.embedding is None for m in found):
+            strange = flags + 4 * len(found)
+            config = self.plan.config
+            found.append(Matrix(self.plan.embedding, config.vocab_size, config.hidden_size, strange, None, embedding))
+        return found
 
-    def _embed(self, embedding: int) -> None:
-        """The embedding table, row by row as it is, in the kernel's 16-bit type."""
-        hidden, vocab = self.plan.config.hidden_size, self.plan.config.vocab_size
-        name = self.plan.embedding
-        for source, kind, first, rows, flag in self._pieces(name, vocab, hidden):
-            values = rows * hidden
-            to = embedding + first * hidden * 2
+    def _pieces(self, matrices: Sequence[Matrix]) -> Iterator[Piece]:
+        """Every matrix cut so that each piece fits into a slot; all but its last have a multiple of 8 rows."""
+        for m in matrices:
+            if isinstance(self.weights, RandomWeights):
+                value_bytes = 2
+            else:
+                probe = self.weights.read(m.name, slice(0, 1))
+                if probe.dtype.name not in TYPES:
+                    raise CheckpointError(f"{m.name} has values of type {probe.dtype}; {', '.join(TYPES)} are supported")
+                value_bytes = probe.itemsize
+            step = self.slot_bytes // (m.columns * value_bytes) // 8 * 8
+            for first in range(0, m.rows, step):
+                yield Piece(m, first, min(step, m.rows - first))
+
+    def _send(self, matrices: Sequence[Matrix], device: int) -> Generator[Piece, None, None]:
+        """Read all pieces and send them to the slots at `device`, each as soon as it and all before it are read."""
+        context = self.context
+        address, memory = context.allocate_pinned(SLOTS * self.slot_bytes, "staging")
+        # The pieces take turns on two streams, so that one is packed while the next is copied.
+        streams = (context.stream, context.new_stream())
+        reading: deque[tuple[int, Piece, Future[np.dtype[Any]]]] = deque()
+        travelling: deque[Any] = deque()  # an event for each piece, in order
+
+        def read(piece: Piece, at: int) -> np.dtype[Any]:
+            part = np.ascontiguousarray(self.weights.read(piece.matrix.name, slice(piece.first, piece.first + piece.rows)))
+            memory[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
+            return part.dtype
+
+        def send() -> Piece:
+            number, piece, dtype = reading.popleft()
+            at, stream, kind = number % SLOTS * self.slot_bytes, streams[number % 2], dtype.result()
+            context.copy_async(device + at, address + at, piece.values * kind.itemsize, stream)
+            self._place(piece, device + at, TYPES[kind.name], stream)
+            travelling.append(context.event(stream))
+            return piece
+
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+            for number, piece in enumerate(self._pieces(matrices)):
+                if len(reading) == READING:
+                    yield send()
+                if number >= SLOTS:
+                    context.finish(travelling.popleft())
+                reading.append((number, piece, pool.submit(read, piece, number % SLOTS * self.slot_bytes)))
+            while reading:
+                yield send()
+        for event in travelling:
+            context.finish(event)
+        context.free_pinned(address)
+
+    def _draw(self, matrices: Sequence[Matrix], device: int) -> Generator[Piece, None, None]:
+        """Draw all pieces in the slot at `device`, one after the other."""
+        assert isinstance(self.weights, RandomWeights)
+        for piece in self._pieces(matrices):
+            seed, scale = self.weights.stream(piece.matrix.name)
+            pairs = -(-piece.values // 2)
             arguments = (
-                ctypes.c_uint64(source), ctypes.c_uint64(to), ctypes.c_uint64(values),
-                ctypes.c_uint32(kind), ctypes.c_uint32(self.half_type), ctypes.c_uint64(flag),
+                ctypes.c_uint64(device), ctypes.c_uint64(pairs), ctypes.c_uint64(piece.first * piece.matrix.columns // 2),
+                ctypes.c_uint32(seed), ctypes.c_float(float(scale)),
             )  # fmt: skip
-            self.context.launch(self.convert, -(-values // (2 * THREADS)), THREADS, arguments)
+            self.context.launch(self.random, -(-pairs // THREADS), THREADS, arguments)
+            self._place(piece, device, TYPES["bfloat16"], self.context.stream)
+            yield piece
 
-    def _finish(self) -> list[str]:
-        """Wait, free the staging buffers, and report which weights are not finite."""
-        self.context.wait()
-        flags = self.context.download(self.flags, np.zeros(4096, np.uint32), "flags")
-        for pointer in (*self.device, self.flags):
-            self.context.free(pointer)
-        self.pool.shutdown()
-        return [name for name, flag in zip(self.flag_names, flags, strict=False) if flag]
-
-    def _flag(self, name: str) -> int:
-        """Address of the word that says whether `name` has strange values."""
-        if name not in self.flag_names:
-            self.flag_names.append(name)
-        return self.flags + 4 * min(self.flag_names.index(name), 4095)
-
-    def _pieces(self, name: str, rows: int, columns: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """A matrix in pieces on the device: (address, source type, first row, rows, flag); rows are multiples of 8."""
-        flag = self._flag(name)
-        if isinstance(self.weights, RandomWeights):
-            seed, scale = self.weights.stream(name)
-            step = max(STAGING_BYTES // (columns * 2) // 8 * 8, 8)
-            for first in range(0, rows, step):
-                count = min(step, rows - first)
-                to, pairs = self._take(), -(-count * columns // 2)
-                arguments = (
-                    ctypes.c_uint64(to), ctypes.c_uint64(pairs), ctypes.c_uint64(first * columns // 2),
-                    ctypes.c_uint32(seed), ctypes.c_float(float(scale)),
-                )  # fmt: skip
-                self.context.launch(self.random, -(-pairs // THREADS), THREADS, arguments)
-                yield to, TYPES["bfloat16"], first, count, flag
-                self._give(count * columns * 2)
-            return
-        probe = self.weights.read(name, slice(0, 1))
-        kind = TYPES.get(probe.dtype.name)
-        if kind is None:
-            raise CheckpointError(f"{name} has values of type {probe.dtype}; bfloat16, float16 or float32 are needed")
-        step = STAGING_BYTES // (columns * probe.itemsize) // 8 * 8
-        if step == 0:
-            raise CheckpointError(f"{name} has rows of {columns} values, more than the staging buffer holds")
-        for first in range(0, rows, step):
-            part = self.weights.read(name, slice(first, min(first + step, rows)))
-            to = self._take()
-            address, buffer = self.host[self.turn]
-            self._copy(buffer[: part.nbytes], part)
-            self.context.copy_async(to, address, part.nbytes)
-            yield to, kind, first, len(part), flag
-            self._give(part.nbytes)
-
-    def _copy(self, to: np.ndarray, part: np.ndarray) -> None:
-        """Into pinned memory, by several threads: one core does not keep up with the bus."""
-        raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-        cuts = [len(raw) * i // 4 for i in range(5)]
-
-        def work(i: int) -> None:
-            to[cuts[i] : cuts[i + 1]] = raw[cuts[i] : cuts[i + 1]]
-
-        list(self.pool.map(work, range(4)))
-
-    def _take(self) -> int:
-        """The next staging buffer, once the device is done with it."""
-        self.turn ^= 1
-        if self.busy[self.turn] is not None:
-            self.context.elapsed(self.busy[self.turn], self.context.event())
-        self.busy[self.turn] = None
-        return self.device[self.turn]
-
-    def _give(self, nbytes: int) -> None:
-        """Mark the end of what uses the present staging buffer."""
-        self.busy[self.turn] = self.context.event()
-        self.done_bytes += nbytes
-        self.progress("packing weights", min(self.done_bytes, self.total_bytes), self.total_bytes)
+    def _place(self, piece: Piece, source: int, kind: int, stream: Any) -> None:
+        """Values that are on the device to where the kernel reads them."""
+        m = piece.matrix
+        if m.job is not None:
+            m.job.source, m.job.type, m.job.first_row, m.job.rows = source, kind, piece.first, piece.rows
+            threads = -(-piece.rows // 8) * m.job.warps_columns * m.job.fragments * 32
+            self.context.launch(self.pack, -(-threads // THREADS), THREADS, (m.job,), stream=stream)
+        if m.embedding is not None:
+            arguments = (
+                ctypes.c_uint64(source), ctypes.c_uint64(m.embedding + piece.first * m.columns * 2), ctypes.c_uint64(piece.values),
+                ctypes.c_uint32(kind), ctypes.c_uint32(self.half_type), ctypes.c_uint64(m.strange),
+            )  # fmt: skip
+            self.context.launch(self.convert, -(-piece.values // (2 * THREADS)), THREADS, arguments, stream=stream)
 
 
-def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights) -> np.ndarray:
-    """Norm weights and biases, float32 [vectors.size], as the kernel finds them."""
+def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights) -> tuple[np.ndarray, list[str]]:
+    """Norm weights and biases as the kernel finds them, float32 [vectors.size], and the names of those that are not finite."""
     out = np.zeros(vectors.size, np.float32)
+    strange = []
 
     def vector(name: str) -> np.ndarray:
-        return np.asarray(weights.read(name)).astype(np.float32)
+        values = weights.read(name).astype(np.float32)
+        if not np.isfinite(values).all():
+            strange.append(name)
+        return values
 
     for stage in plan.stages:
         if stage.kind == "embed":
@@ -197,7 +248,7 @@ def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights) -> np.ndarray
         for number, block in enumerate(stage.linear.blocks):
             if block.bias:
                 out[base + vectors.bias[stage.name] + block_rows(stage, number)] = vector(block.bias)
-    return out
+    return out, strange
 
 
 def pack_words(stages: Sequence[Any], plan: Plan, shift: int) -> np.ndarray:

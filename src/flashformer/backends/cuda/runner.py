@@ -6,6 +6,7 @@ import ctypes
 import time
 import warnings
 from collections.abc import Collection, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -50,14 +51,16 @@ class CudaRunner:
         self.kernel: Kernel = compile_source(self.source.text, plan.target)
         tools = compile_source('#include "tools.cuh"\n', plan.target, "cuda-tools")
         progress("compiling", 1, 1)
-        self.context = Context(self.info.ordinal)
-        try:
-            self._load(weights, tools, progress)
-        except BaseException:
-            self.context.close()
-            raise
+        with ThreadPoolExecutor(1) as pool:
+            rope = pool.submit(rope_table, plan.config, plan.max_context)  # a thread has it ready before the weights are packed
+            self.context = Context(self.info.ordinal)
+            try:
+                self._load(weights, rope, tools, progress)
+            except BaseException:
+                self.context.close()
+                raise
 
-    def _load(self, weights: Weights, tools: Kernel, progress: Progress) -> None:
+    def _load(self, weights: Weights, rope: Future[np.ndarray], tools: Kernel, progress: Progress) -> None:
         """Claim memory, pack the weights, and make ready to launch."""
         plan, context = self.plan, self.context
         tape: Tape = lay_tapes(plan)
@@ -81,7 +84,9 @@ class CudaRunner:
         self.arena = context.allocate(tape.nbytes, "weights", fill=0)
         self.arena_bytes = tape.nbytes
         embedding = context.allocate(embedding_bytes, "the embedding table")
-        for name in Packer(context, self.tools, plan, weights, progress).run(tape, self.arena, embedding):
+        strange = Packer(context, self.tools, plan, weights, progress).run(tape, self.arena, embedding)
+        vectors, strange_vectors = gather_vectors(plan, self.source.vectors, weights)
+        for name in (*strange, *strange_vectors):
             warnings.warn(f"{name} holds values that are not finite; the model's output will not be, either", stacklevel=2)
 
         entries = np.zeros((plan.target.workers, tape.offset.shape[0], 2), np.uint32)
@@ -91,10 +96,9 @@ class CudaRunner:
             if stage.kind == "attention":
                 entries[np.arange(plan.target.workers), tape.first_chunk(index), 0] = stage.layer
         head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
-        config = plan.config
-        self.token_address, tokens = context.allocate_pinned(8 * (plan.max_context + 1), "tokens")
+        self.token_address, tokens = context.allocate_pinned(8 * (plan.max_context + 1), "tokens", fill=0)
         self.tokens = tokens.view(np.uint64)
-        cancel_address, cancel = context.allocate_pinned(64, "the cancel flag")
+        cancel_address, cancel = context.allocate_pinned(64, "the cancel flag", fill=0)
         self.cancel = cancel.view(np.uint32)
         self.status = context.allocate(8, "status", fill=0)
         self.exchange_bytes = self.source.exchange_words * 8
@@ -107,9 +111,9 @@ class CudaRunner:
             table_length=context.upload(tape.length.astype(np.uint32), "chunk counts"),
             head_start=context.upload(tape.first_chunk(head).astype(np.uint32), "chunk counts"),
             tiles=context.upload(pack_words(plan.stages, plan, TILE_BITS), "tile ranges"),
-            vectors=context.upload(gather_vectors(plan, self.source.vectors, weights), "norms and biases"),
+            vectors=context.upload(vectors, "norms and biases"),
             embedding=embedding,
-            rope=context.upload(rope_table(config, plan.max_context).astype(np.float32), "rotary table"),
+            rope=context.upload(rope.result(), "rotary table"),
             kv=context.allocate(kv_bytes, "the KV cache", fill=0),
             exchange=context.allocate(self.exchange_bytes, "exchanges", fill=0),
             forced=self.forced,
@@ -293,5 +297,3 @@ class CudaRunner:
 def load(plan: Plan, weights: Weights, progress: Progress = no_progress) -> CudaRunner:
     """Compile `plan`, pack `weights`, and return the model ready to run."""
     return CudaRunner(plan, weights, progress)
-
-
