@@ -17,8 +17,11 @@ from flashformer.config import ModelConfig
 from flashformer.graph import Weight
 from flashformer.models import build_graph
 from flashformer.ops.rope import rope_table
+from flashformer.plan import round_up
 
 from .graphs import WARM_UP, capture, time_replays
+
+CACHE_MULTIPLE = 128  # positions: attention kernels are slower, or copy their mask, where lengths are odd
 
 Attention = Literal["sdpa", "flex"]
 ATTENTIONS: tuple[Attention, ...] = ("sdpa", "flex")
@@ -67,10 +70,13 @@ class Decoder:
             )
 
     def allocate(self, length: int) -> None:
-        """A KV cache of `length` positions with random values, and the rotary angles."""
+        """A KV cache of `length` positions with random values, and the rotary angles.
+
+        NOTE: a tensor each for the keys and values of a layer. Were they views of one, a compiled step would copy it whole.
+        """
         c, like = self.config, self.embedding
-        shape = (c.num_layers, 2, 1, c.num_kv_heads, length, c.head_dim)
-        self.cache = torch.randn(shape, device=like.device, dtype=like.dtype)
+        shape = (1, c.num_kv_heads, length, c.head_dim)
+        self.cache = [[torch.randn(shape, device=like.device, dtype=like.dtype) for _ in "kv"] for _ in range(c.num_layers)]
         angles = torch.from_numpy(rope_table(c, length)).to(like.device)  # [length, head_dim / 2, 2]
         self.cos, self.sin = (angles[..., i].repeat(1, 2).to(like.dtype) for i in (0, 1))
         self.places = torch.arange(length, device=like.device)
@@ -86,14 +92,13 @@ class Decoder:
             low, high = t.chunk(2, -1)
             return t * cos + torch.cat((-high, low), -1) * sin
 
-        for layer, cache in zip(self.layers, self.cache.unbind(0), strict=True):
+        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
             y = F.rms_norm(x, (c.hidden_size,), layer["attention_norm"], c.norm_eps)
             q, k, v = F.linear(y, *layer["qkv"]).split([q_size, kv_size, kv_size], -1)
             q, k, v = (t.view(1, -1, 1, c.head_dim) for t in (q, k, v))
             if c.qk_norm:
                 q = F.rms_norm(q, (c.head_dim,), layer["q_norm"], c.norm_eps)
                 k = F.rms_norm(k, (c.head_dim,), layer["k_norm"], c.norm_eps)
-            keys, values = cache.unbind(0)
             keys.index_copy_(2, position, rotate(k))
             values.index_copy_(2, position, v)
             a = self._attend(rotate(q), keys, values, position, attention)
@@ -143,7 +148,7 @@ def _measure(decoder: Decoder, context: int, tokens: int, repeats: int, attentio
     """Milliseconds per token at one context."""
     import torch._inductor.config as inductor
 
-    decoder.allocate(context + tokens + WARM_UP)
+    decoder.allocate(round_up(context + tokens + WARM_UP, CACHE_MULTIPLE))
     token, position = torch.zeros(1, dtype=torch.long, device="cuda"), torch.tensor([context], device="cuda")
 
     def step(token: torch.Tensor, position: torch.Tensor) -> None:
