@@ -194,7 +194,8 @@ def test_sliding_window_limits_the_context(family: str, keys: dict[str, Any], po
         ("MistralForCausalLM", {"num_key_value_heads": None}, "num_key_value_heads: the key is required"),
         ("Qwen2ForCausalLM", {"mlp_bias": True}, "mlp_bias = True"),
         ("Qwen2ForCausalLM", {"use_mrope": True}, "use_mrope = True"),
-        ("LlamaForCausalLM", {"quantization_config": {"quant_method": "awq"}}, "awq.*not supported"),
+        ("LlamaForCausalLM", {"quantization_config": {"quant_method": "hqq"}}, "quantization_config: quant_method = 'hqq'"),
+        ("LlamaForCausalLM", {"quantization_config": {"quant_method": "awq"}}, "bits: the key is required"),
         ("LlamaForCausalLM", {"quantization_config": "x"}, "quantization_config"),
         ("LlamaForCausalLM", {"torch_dtype": "float8_e4m3fn"}, "torch_dtype = 'float8_e4m3fn'"),
         ("LlamaForCausalLM", {"dtype": "float16"}, "dtype"),  # contradicts torch_dtype

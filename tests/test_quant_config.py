@@ -13,6 +13,7 @@ import pytest
 from flashformer.errors import ConfigError
 from flashformer.quant import read_quantization
 from flashformer.quant.scheme import Scheme
+from quant_folders import compressed
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True, "modules_to_not_convert": None}
 GPTQ = {
@@ -33,16 +34,6 @@ BNB = {
     **{"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": "nf4"},
     **{"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0},
 }
-
-
-def compressed(layout: str, weights: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A configuration of compressed-tensors with one group."""
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    top = {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
-    more = {"kv_cache_scheme": None, "quantization_status": "compressed", "global_compression_ratio": 1.5, "sparsity_config": {}}
-    return {**top, **more, **changes}
-
-
 INT4 = {
     **{"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": False, "actorder": None},
     **{"block_structure": None, "observer": "minmax", "observer_kwargs": {}},
@@ -61,7 +52,7 @@ UNDERSTOOD: list[tuple[dict[str, Any], Scheme]] = [
     (FP8, Scheme("float", 8, "block", block=(128, 128), floating=True)),
     ({**FP8, "scale_fmt": "ue8m0"}, Scheme("ue8m0", 8, "block", block=(128, 128), floating=True)),
     ({"quant_method": "fp8", "activation_scheme": "static"}, Scheme("float", 8, "tensor", floating=True)),
-    (BNB, Scheme("nf4", 4, "group", 64, floating=True)),
+    (BNB, Scheme("nf4", 4, "group", floating=True)),
     (PACKED, Scheme("pack-quantized", 4, "group", 128)),
     (
         compressed("pack-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
@@ -169,6 +160,18 @@ def test_hostile_expressions_are_refused(expression: str) -> None:
     with pytest.raises(ConfigError, match="ignore"):
         read_quantization({**PACKED, "ignore": [expression]})
     assert time.process_time() - start < 1
+
+
+def test_many_targets_are_fast_or_refused() -> None:
+    """As many names and expressions as are allowed, for as many modules as a large model has."""
+    found = read_quantization({**PACKED, "ignore": [f"re:.*a.*a.*{i}$" for i in range(100)] + [f"m.{i}" for i in range(9_900)]})
+    start = time.process_time()
+    assert all(found.scheme_of(f"model.layers.{i}.self_attn.q_proj") is not None for i in range(560))
+    assert time.process_time() - start < 5
+    with pytest.raises(ConfigError, match="at most 100"):
+        read_quantization({**PACKED, "ignore": [f"re:a{i}" for i in range(101)]})
+    with pytest.raises(ConfigError, match="32 groups"):
+        read_quantization({**PACKED, "config_groups": dict.fromkeys(map(str, range(33)), PACKED["config_groups"]["group_0"])})
 
 
 def test_allowed_expressions_are_fast() -> None:

@@ -19,7 +19,7 @@ from quant_files import Parts, load, stored
 
 AWQ = Scheme("gemm", 4, "group", 16, symmetric=False)
 BLOCK = Scheme("float", 8, "block", block=(8, 16), floating=True)
-NF4 = Scheme("nf4", 4, "group", 64, floating=True)
+NF4 = Scheme("nf4", 4, "group", floating=True)
 
 
 def packed(bits: int, group: int | None = None, symmetric: bool = True) -> Scheme:

@@ -137,13 +137,21 @@ def test_a_file_of_mixed_types_is_read(tmp_path: Path) -> None:
             spec, tensor = checkpoint.spec(name), tensors[gguf_name(name)]
             assert spec.nbytes == tensor.n_bytes
             read = checkpoint.read(name)
+            form, values = checkpoint.form(name), checkpoint.values(name)
             if spec.dtype not in BLOCKS:
+                assert form is None and values.dtype == np.float32
+                np.testing.assert_array_equal(values, read)
                 continue
             kinds.add(spec.dtype)
             heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
             as_stored = read if heads is None else permute_rotary(read, heads)
-            expected = gguf.dequantize(tensor.data, tensor.tensor_type).astype(ml_dtypes.bfloat16)
-            np.testing.assert_array_equal(as_stored.view(np.uint16), expected.view(np.uint16))
+            exact = gguf.dequantize(tensor.data, tensor.tensor_type)
+            np.testing.assert_array_equal(as_stored.view(np.uint16), exact.astype(ml_dtypes.bfloat16).view(np.uint16))
+            assert form is not None and form.dequantize().dtype == np.float32
+            np.testing.assert_array_equal(values if heads is None else permute_rotary(values, heads), exact)
+            for rows in (slice(None), slice(3, 9), slice(0, 0)):
+                np.testing.assert_array_equal(checkpoint.values(name, rows), values[rows])
+                np.testing.assert_array_equal(form.take(rows).dequantize(), values[rows])
             np.testing.assert_array_equal(checkpoint.read(name, slice(3, 9)).view(np.uint16), read[3:9].view(np.uint16))
     assert kinds == set(BLOCKS)
 
@@ -162,3 +170,22 @@ def test_damaged_files_give_our_error(tmp_path: Path) -> None:
     with bounded_memory(128 << 20):
         accepted, refused = survey(tmp_path / "f.gguf", mutations(data, header, 1_000, seed=4), use)
     assert accepted > 25 and refused > 250
+
+
+def test_a_damaged_scale_is_refused_by_name(tmp_path: Path) -> None:
+    """`form` and `values` refuse it; the types and shapes that `check_tensors` looks at are sound."""
+    path = write_gguf(tmp_path / "m.gguf", make_config(), quant="Q4_1")
+    at = gguf.GGUFReader(path).tensors[-1].data_offset
+    name = next(t.name for t in gguf.GGUFReader(path).tensors if t.data_offset == at)
+    data = bytearray(path.read_bytes())
+    data[at : at + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(data)
+    with open_checkpoint(path) as checkpoint:
+        check_tensors(checkpoint, build_decoder(checkpoint.config).weights())
+        ours = next(ours for ours in checkpoint.names() if gguf_name(ours) == name)
+        assert checkpoint.spec(ours).dtype == "q4_1"
+        for use in (checkpoint.form, checkpoint.values):
+            with pytest.raises(CheckpointError, match=f"{ours}.*infinite or NaN"):
+                use(ours)
+        with pytest.raises(CheckpointError, match="no tensor"):
+            checkpoint.form("nothing.weight")

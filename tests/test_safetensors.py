@@ -49,6 +49,8 @@ def test_folder_reads_back(tmp_path: Path, family: str, dtype: str, shards: int)
             assert not read.flags.writeable and not read.flags.owndata
             np.testing.assert_array_equal(read.astype(np.float32), value)
             np.testing.assert_array_equal(checkpoint.read(name, slice(3, 9)).astype(np.float32), value[3:9])
+            assert checkpoint.form(name) is None and checkpoint.values(name).dtype == read.dtype
+            np.testing.assert_array_equal(checkpoint.values(name, slice(3, 9)), read[3:9])
 
 
 def test_views_outlive_the_checkpoint(tmp_path: Path) -> None:
@@ -57,8 +59,9 @@ def test_views_outlive_the_checkpoint(tmp_path: Path) -> None:
         view = checkpoint.read("model.norm.weight")
         before = view.copy()
     np.testing.assert_array_equal(view, before)
-    with pytest.raises(CheckpointError, match="no tensor"):
-        checkpoint.read("model.norm.weight")
+    for use in (checkpoint.read, checkpoint.form, checkpoint.values):
+        with pytest.raises(CheckpointError, match="no tensor"):
+            use("model.norm.weight")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,7 @@ def test_views_outlive_the_checkpoint(tmp_path: Path) -> None:
         ({"a": entry(shape=[2.0])}, bytes(8), "malformed shape"),
         ({"a": entry(shape=[True, 2])}, bytes(8), "malformed shape"),
         ({"a": entry(shape=[2**62, 2**62, 4])}, bytes(8), "needs"),
+        ({"a": entry(shape=[2**62, 0], offsets=[0, 0])}, b"", "malformed shape"),
         ({"a": entry(shape=2)}, bytes(8), "malformed shape"),
         ({"a": entry(offsets=[0])}, bytes(8), "malformed shape"),
         ({"a": entry(offsets=None)}, bytes(8), "malformed shape"),

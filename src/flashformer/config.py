@@ -9,9 +9,12 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from .errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from .quant.scheme import Quantization
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float16"] = "bfloat16"  # what the kernel computes in; sums are float32
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantization: Quantization | None = None  # how the matrices of a Hugging Face folder are stored; None: plainly
     notes: tuple[str, ...] = ()  # what a user should know, such as a context limited to a sliding window
 
 
@@ -190,10 +194,6 @@ def parse_config(mapping: Mapping[str, Any]) -> ModelConfig:
     Raises ConfigError, naming key and value, for anything that is unsupported, out of range, contradictory, or not known.
     """
     keys = Keys(mapping, "config.json")
-    if keys.get("quantization_config", None) is not None:
-        method = mapping["quantization_config"]
-        method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else "unknown"
-        keys.fail("quantization_config", f"quantised checkpoints ({method}) are not supported; use one in bf16, f16 or f32")
     architecture = _architecture(keys)
     family = _FAMILIES[architecture]
     heads: int = keys.size("num_attention_heads", "num_heads")
@@ -216,6 +216,9 @@ def parse_config(mapping: Mapping[str, Any]) -> ModelConfig:
     if family.qkv_bias and mapping.get("attention_bias") is True:
         keys.get("attention_bias")  # says what the family does anyway
     vocab: int = keys.size("vocab_size", "vocab_size")
+    quantization = _quantization(keys)
+    if quantization is not None:
+        notes.extend(quantization.notes)
     config = ModelConfig(
         architecture=architecture,
         hidden_size=hidden,
@@ -237,6 +240,7 @@ def parse_config(mapping: Mapping[str, Any]) -> ModelConfig:
         dtype=_dtype(keys, notes),
         bos_token_id=keys.integer("bos_token_id", 0, vocab - 1, default=None),
         eos_token_ids=_token_ids(keys, "eos_token_id", vocab),
+        quantization=quantization,
         notes=tuple(notes),
     )
     keys.finish(_HARMLESS, _NEUTRAL)
@@ -370,6 +374,14 @@ def _rope_scaling(rope: Keys) -> RopeScaling | None:
         rope.fail(key, "is not supported; supported are default, linear, llama3")
     rope.finish(_ROPE_HARMLESS, {"partial_rotary_factor": (1.0, None)})
     return scaling
+
+
+def _quantization(keys: Keys) -> Quantization | None:
+    """How matrices are stored, from `quantization_config`."""
+    from .quant import read_quantization  # whose files read their keys with `Keys`
+
+    value = keys.get("quantization_config", None)
+    return None if value is None else read_quantization(value, f"{keys.where}: quantization_config")
 
 
 def _dtype(keys: Keys, notes: list[str]) -> Literal["bfloat16", "float16"]:

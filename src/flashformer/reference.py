@@ -69,7 +69,7 @@ class Reference:
     def _weight(self, weight: Weight) -> np.ndarray:
         """One tensor in `dtype`."""
         if self._kept is None:
-            return self.checkpoint.read(weight.name).astype(self.dtype)
+            return self.checkpoint.values(weight.name).astype(self.dtype)
         if weight.name not in self._kept:
-            self._kept[weight.name] = self.checkpoint.read(weight.name).astype(self.dtype)
+            self._kept[weight.name] = self.checkpoint.values(weight.name).astype(self.dtype)
         return self._kept[weight.name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..graph import Weight
 
 if TYPE_CHECKING:
+    from ..quant.forms import Form
     from ..tokenizer import Tokenizer
 
 # Element types that are read as views of the file, by the name that `TensorSpec.dtype` gives them.
@@ -38,7 +39,10 @@ _HARMLESS_EXTRAS = re.compile(r".*\.rotary_emb\.inv_freq|rope_freqs\.weight|.*\.
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor as it lies in the file: matrices are [rows, columns], `nbytes` counts stored bytes."""
+    """A tensor of a model: matrices are [rows, columns], `nbytes` counts stored bytes.
+
+    `dtype` is one of PLAIN_TYPES, or says how a quantised matrix is stored ("q4_k", "awq int4 g128"), or is a type that no model uses.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -64,9 +68,26 @@ class Checkpoint(ABC):
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A tensor, or some of its rows, as bfloat16, float16 or float32.
 
-        Plain types come as read-only views of the mapped file where the layout allows that; block types are expanded to
-        bfloat16 (rounded to nearest, ties to even). Raises CheckpointError for an unknown name or an unsupported type.
+        Plain types come as read-only views of the mapped file where the layout allows that; quantised matrices are expanded
+        to bfloat16 (rounded to nearest, ties to even). Raises CheckpointError for an unknown name or an unsupported type.
         """
+
+    def form(self, name: str, rows: slice | None = None) -> Form | None:
+        """The quantised form of a matrix, or of some of its rows; None for a tensor that is stored plainly.
+
+        Of no rows, `slice(0, 0)`, it is cheap: types and shapes are checked, values are not. Raises CheckpointError for an
+        unknown name, and for stored tensors that are missing, misshapen or impossible.
+        """
+        self.spec(name)
+        return None
+
+    def values(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """What a tensor, or some of its rows, stands for, unrounded: float32 of a quantised matrix, otherwise what `read` gives.
+
+        Raises what `form` and `read` raise.
+        """
+        form = self.form(name, rows)
+        return self.read(name, rows) if form is None else form.dequantize()
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
@@ -135,8 +156,6 @@ def check_tensors(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> None
     Tensors that are known to be unnecessary are passed over: derived rotary frequencies and masks, and a separate head of
     the embedding's shape where the configuration ties the two. Raises CheckpointError that lists everything found wrong.
     """
-    from ..quant.gguf_blocks import BLOCKS
-
     present = set(checkpoint.names())
     problems = [f"missing: {name} {list(weight.shape)}" for name, weight in weights.items() if name not in present]
     for name, weight in weights.items():
@@ -145,8 +164,8 @@ def check_tensors(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> None
         spec = checkpoint.spec(name)
         if spec.shape != weight.shape:
             problems.append(f"misshapen: {name} is {list(spec.shape)}, the configuration says {list(weight.shape)}")
-        elif spec.dtype not in PLAIN_TYPES and spec.dtype not in BLOCKS:
-            problems.append(f"type: {name} is {spec.dtype}; supported are {', '.join([*PLAIN_TYPES, *BLOCKS])}")
+        elif spec.dtype not in PLAIN_TYPES:
+            problems.extend(_problem_of_type(checkpoint, spec))
     for name in sorted(present - set(weights)):
         tied_head = name == "lm_head.weight" and checkpoint.config.tied_embeddings
         if tied_head and checkpoint.spec(name).shape == (checkpoint.config.vocab_size, checkpoint.config.hidden_size):
@@ -158,3 +177,12 @@ def check_tensors(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> None
         raise CheckpointError(
             f"{checkpoint.path}: the tensors do not fit the configuration:\n  " + "\n  ".join(problems[:10]) + more
         )
+
+
+def _problem_of_type(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[str]:
+    """What keeps a tensor from being read that is not of a plain type, as far as types and shapes tell."""
+    try:
+        if checkpoint.form(spec.name, slice(0, 0)) is None:
+            yield f"type: {spec.name} is {spec.dtype}; supported are {', '.join(PLAIN_TYPES)} and quantised matrices"
+    except CheckpointError as error:
+        yield f"quantised: {error}"

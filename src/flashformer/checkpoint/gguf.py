@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: Hugging Face names and layout for the tensors, block formats expanded to bfloat16."""
+"""GGUF files as checkpoints: Hugging Face names and layout for the tensors, block types as forms or expanded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError
-from ..quant.gguf_blocks import BLOCKS
+from ..quant.forms import Affine
+from ..quant.gguf_blocks import BLOCKS, decode
+from ..quant.source import Source
 from . import PLAIN_TYPES, Checkpoint, TensorSpec, shown
 from .blocks import expand
 from .gguf_config import config_from_gguf
@@ -85,6 +87,20 @@ class GGUFCheckpoint(Checkpoint):
         return replace(self._find(name).spec, name=name)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        spec, part = self.spec(name), self._stored(name, rows)
+        if spec.dtype in PLAIN_TYPES:
+            return part
+        return expand(spec.dtype, part.reshape(-1, BLOCKS[spec.dtype][1])).reshape(len(part), spec.shape[1])
+
+    def form(self, name: str, rows: slice | None = None) -> Affine | None:
+        spec = self.spec(name)
+        if spec.dtype in PLAIN_TYPES:
+            return None
+        part = self._stored(name, rows)
+        return decode(Source(name.removesuffix(".weight"), {"weight": part}), spec.dtype, (len(part), spec.shape[1]))
+
+    def _stored(self, name: str, rows: slice | None) -> np.ndarray:
+        """A tensor, or some of its rows, in our order: plain values, or uint8 [rows, bytes of a row's blocks]."""
         placed = self._find(name)
         spec = placed.spec
         order = self._row_order(name, spec.shape[0])
@@ -97,11 +113,7 @@ class GGUFCheckpoint(Checkpoint):
         else:
             raise CheckpointError(f"{self.path}: {shown(name)} is {spec.dtype}, which only matrices can be")
         selected = rows if rows is not None else slice(None)
-        part = stored[selected] if order is None else stored[order[selected]]
-        if spec.dtype in PLAIN_TYPES:
-            return part
-        blocks = part.reshape(-1, BLOCKS[spec.dtype][1])
-        return expand(spec.dtype, blocks).reshape(len(part), spec.shape[1])
+        return stored[selected] if order is None else stored[order[selected]]
 
     def _plain(self, placed: Placed) -> np.ndarray:
         return self._file.file.array(placed.begin, PLAIN_TYPES[placed.spec.dtype], placed.spec.shape)

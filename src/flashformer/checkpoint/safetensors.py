@@ -7,41 +7,36 @@ holes or overlaps. The reader is ours because it maps bfloat16 without a copy an
 
 from __future__ import annotations
 
+import math
+import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from ..config import parse_json, read_config, read_json
 from ..errors import CheckpointError
 from . import PLAIN_TYPES, Checkpoint, MappedFile, TensorSpec, shown
+from .quantized import QuantizedMatrix, quantized_matrices
 
 if TYPE_CHECKING:
+    from ..quant.forms import Form
     from ..tokenizer import Tokenizer
 
 _HEADER_LIMIT = 100_000_000  # bytes, from the format
 
-# Bytes per element, and our name, of every type that the format names in whole bytes.
-_TYPES: dict[str, tuple[int, str]] = {
-    "BOOL": (1, "bool"),
-    "U8": (1, "uint8"),
-    "I8": (1, "int8"),
-    "F8_E4M3": (1, "float8_e4m3"),
-    "F8_E5M2": (1, "float8_e5m2"),
-    "F8_E8M0": (1, "float8_e8m0"),
-    "U16": (2, "uint16"),
-    "I16": (2, "int16"),
-    "F16": (2, "float16"),
-    "BF16": (2, "bfloat16"),
-    "U32": (4, "uint32"),
-    "I32": (4, "int32"),
-    "F32": (4, "float32"),
-    "U64": (8, "uint64"),
-    "I64": (8, "int64"),
-    "F64": (8, "float64"),
-    "C64": (8, "complex64"),
+# The types that the format names in whole bytes.
+_TYPES: dict[str, np.dtype[Any]] = {
+    **{"BOOL": np.dtype(bool), "U8": np.dtype("u1"), "I8": np.dtype("i1")},
+    **{f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}") for kind in "UI" for size in (2, 4, 8)},
+    **{"BF16": PLAIN_TYPES["bfloat16"], "F16": PLAIN_TYPES["float16"], "F32": PLAIN_TYPES["float32"], "F64": np.dtype("<f8")},
+    **{"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)},
+    **{"F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu), "C64": np.dtype("<c8")},
 }
+_BY_NAME = {dtype.name: dtype for dtype in _TYPES.values()}
 
 
 class SafetensorsFile:
@@ -81,11 +76,15 @@ class SafetensorsFile:
 
     def read(self, name: str) -> np.ndarray:
         """A whole tensor as a view; CheckpointError if its type is not a plain one."""
+        if self.specs[name].dtype not in PLAIN_TYPES:
+            kind = self.specs[name].dtype
+            raise CheckpointError(f"{self.file.path}: {shown(name)} is {kind}; supported are {', '.join(PLAIN_TYPES)}")
+        return self.view(name)
+
+    def view(self, name: str) -> np.ndarray:
+        """A whole tensor of any type as a view."""
         spec = self.specs[name]
-        dtype = PLAIN_TYPES.get(spec.dtype)
-        if dtype is None:
-            raise CheckpointError(f"{self.file.path}: {shown(name)} is {spec.dtype}; supported are {', '.join(PLAIN_TYPES)}")
-        return self.file.array(self.begins[name], dtype, spec.shape)
+        return self.file.array(self.begins[name], _BY_NAME[spec.dtype], spec.shape)
 
 
 def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
@@ -101,12 +100,13 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int,
         raise CheckpointError(f"{path}: {shown(name)} has the unknown type {shown(dtype)}")
     if not counts(shape) or len(shape) > 8 or not counts(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: {shown(name)} has a malformed shape or data_offsets")
-    nbytes, label = _TYPES[dtype]
-    for size in shape:
-        nbytes *= size
+    kind = _TYPES[dtype]
+    nbytes = kind.itemsize * math.prod(shape)
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(f"{path}: {shown(name)} needs {nbytes} bytes but spans {offsets[1] - offsets[0]}")
-    return TensorSpec(name, tuple(shape), label, nbytes), offsets[0], offsets[1]
+    if math.prod(size for size in shape if size) >= 1 << 56:  # an empty tensor's other sizes, which numpy limits
+        raise CheckpointError(f"{path}: {shown(name)} has a malformed shape")
+    return TensorSpec(name, tuple(shape), kind.name, nbytes), offsets[0], offsets[1]
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -119,6 +119,8 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = read_config(folder)
         self._files: dict[str, SafetensorsFile] = {}
         self._home: dict[str, SafetensorsFile] = {}
+        self._matrices: dict[str, QuantizedMatrix] = {}
+        self._lock, self._told = threading.Lock(), False
         try:
             self._open()
         except CheckpointError:
@@ -135,6 +137,7 @@ class SafetensorsCheckpoint(Checkpoint):
             pickled = any(self.path.glob("*.bin")) or any(self.path.glob("*.pth"))
             advice = "; pickled weights (.bin, .pth) are never read, convert them to safetensors" if pickled else ""
             raise CheckpointError(f"{self.path}: neither model.safetensors nor model.safetensors.index.json here{advice}")
+        self._matrices = quantized_matrices(self.config, {name: self._home[name].specs[name] for name in self._home}, self._view)
 
     def _open_shards(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
@@ -159,14 +162,39 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._files[file]
 
     def names(self) -> Sequence[str]:
-        return tuple(self._home)
+        taken = {part for matrix in self._matrices.values() for part in matrix.stored}
+        return (*(name for name in self._home if name not in taken), *self._matrices)
 
     def spec(self, name: str) -> TensorSpec:
-        return self._find(name).specs[name]
+        return self._matrices[name].spec if name in self._matrices else self._find(name).specs[name]
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        if name in self._matrices:
+            self._tell()
+            return self._matrices[name].expand(rows)
         tensor = self._find(name).read(name)
         return tensor if rows is None else tensor[rows]
+
+    def form(self, name: str, rows: slice | None = None) -> Form | None:
+        if name in self._matrices:
+            return self._matrices[name].form(rows)
+        self._find(name)
+        return None
+
+    def _tell(self) -> None:
+        """Warn, once, that weights are expanded."""
+        with self._lock:
+            if self._told:
+                return
+            self._told = True
+        specs = [matrix.spec for matrix in self._matrices.values()]
+        kinds = " and ".join(sorted({spec.dtype for spec in specs}))
+        stored, expanded = sum(spec.nbytes for spec in specs), sum(2 * math.prod(spec.shape) for spec in specs)
+        size = f"{expanded / 1e9:.2f} GB instead of {stored / 1e9:.2f}"
+        warnings.warn(f"{self.path}: {len(specs)} matrices in {kinds} are expanded to bfloat16: {size}", stacklevel=3)
+
+    def _view(self, name: str) -> np.ndarray:
+        return self._home[name].view(name)
 
     def _find(self, name: str) -> SafetensorsFile:
         if name not in self._home:
@@ -181,4 +209,4 @@ class SafetensorsCheckpoint(Checkpoint):
     def close(self) -> None:
         for shard in self._files.values():
             shard.file.close()
-        self._files, self._home = {}, {}
+        self._files, self._home, self._matrices = {}, {}, {}

@@ -1,7 +1,8 @@
 """Quantised weights: the formats that checkpoints use, one file each, read strictly into a few internal forms (`forms.py`).
 
-A file that declares METHOD, the `quant_method` of a configuration, is found by that. It has `parse(keys) -> Quantization` and
-`decode(source, shape, scheme, rows) -> Form`. GGUF, which has no such configuration, is in `gguf_blocks.py`.
+A file that declares METHOD, the `quant_method` of a configuration, is found by that. It has `parse(keys) -> Quantization`,
+`decode(source, shape, scheme, rows) -> Form`, and PARTS, what follows a module's name in the names of the tensors that it decodes.
+GGUF, which has no such configuration, is in `gguf_blocks.py`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from .scheme import Quantization, Scheme, choice, group_size, names
 from .source import FLOATS, Source, unpack_words
 
 METHOD = "awq"
+PARTS = ("qweight", "qzeros", "scales")
 
 _ROW_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 _NIBBLE_OF_ROW = np.argsort(_ROW_OF_NIBBLE)
@@ -37,7 +38,7 @@ def parse(keys: Keys) -> Quantization:
 def decode(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice) -> Affine:
     """A matrix, or some of its rows."""
     (n, k), group = shape, scheme.columns(shape[1])
-    source.only("qweight", "qzeros", "scales")
+    source.only(*PARTS)
     source.multiple("qweight", "N", n, 8)
     source.multiple("scales", "K", k, group)
     groups = k // group

@@ -20,6 +20,11 @@ from .source import Source, unpack_bytes
 
 METHOD = "bitsandbytes"
 
+_STATE = "weight.quant_state.bitsandbytes__nf4"
+_STATE_LIMIT = 4096  # bytes
+_NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
+PARTS = ("weight", "weight.absmax", "weight.quant_map", _STATE, *_NESTED)
+
 # fmt: off
 NF4 = np.array([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -28,7 +33,6 @@ NF4 = np.array([
 ], np.float32)
 # fmt: on
 
-_STATE = "weight.quant_state.bitsandbytes__nf4"
 _HARMLESS = frozenset({
     "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight",
     "llm_int8_threshold", "quant_method",
@@ -47,7 +51,7 @@ def parse(keys: Keys) -> Quantization:
     layout = choice(keys, "bnb_4bit_quant_type", ("nf4",), "fp4")
     ignored = names(keys, "llm_int8_skip_modules")
     keys.finish(_HARMLESS, _NEUTRAL)
-    return Quantization(METHOD, ((("Linear",), Scheme(layout, 4, "group", 64, floating=True)),), ignored)
+    return Quantization(METHOD, ((("Linear",), Scheme(layout, 4, "group", floating=True)),), ignored)
 
 
 def decode(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice) -> Table:
@@ -64,9 +68,8 @@ def decode(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice) 
     if not np.array_equal(source.get("weight.quant_map", "float32", (16,)), NF4):
         source.fail("weight.quant_map", "is not the table of NF4")
     weight = source.get("weight", "uint8", (n * k // 2, 1), (1, n * k // 2), (n * k // 2,)).reshape(n, k // 2)
-    nested = [part for part in ("weight.nested_absmax", "weight.nested_quant_map") if source.has(part)]
-    source.only("weight", "weight.absmax", "weight.quant_map", _STATE, *nested)
-    if nested:
+    source.only(*PARTS)
+    if any(source.has(part) for part in _NESTED):
         scale = _nested_scales(source, state, (n, k // group), rows)
     else:  # zero: a block of zeros has such a scale
         absmax = source.get("weight.absmax", "float32", (n * k // group,))
@@ -92,7 +95,10 @@ def _nested_scales(source: Source, state: dict[str, Any], shape: tuple[int, int]
 
 def _state(source: Source) -> dict[str, Any]:
     """The JSON that lies beside the weight as bytes, with no key that is not known."""
-    state = parse_json(source.vector(_STATE, "uint8").tobytes(), shown(f"{source.module}.{_STATE}"))
+    stored = source.vector(_STATE, "uint8")
+    if stored.size > _STATE_LIMIT:
+        source.fail(_STATE, f"has {stored.size} bytes; at most {_STATE_LIMIT} are expected")
+    state = parse_json(stored.tobytes(), shown(f"{source.module}.{_STATE}"))
     known = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
     for key in sorted(set(state) - known):
         source.fail(_STATE, f"the key {ascii(key)[:60]} is not known")

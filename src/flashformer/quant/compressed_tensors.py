@@ -25,6 +25,12 @@ from .source import E2M1, E8M0, FLOATS, FP8, Source, e8m0, groups_of_columns, un
 
 METHOD = "compressed-tensors"
 
+# The tensors of each kind of format, and of all.
+_PACKED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_g_idx", "weight_zero_point")
+_FP4_PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+_VALUE_PARTS = ("weight", "weight_scale", "input_scale", "input_zero_point", "output_scale")
+PARTS = tuple(dict.fromkeys(_PACKED_PARTS + _FP4_PARTS + _VALUE_PARTS))
+
 # What each format can hold: type, bits, scopes.
 _FORMATS: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
     "pack-quantized": ("int", (4, 8), ("channel", "group")),
@@ -33,6 +39,7 @@ _FORMATS: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
     "nvfp4-pack-quantized": ("float", (4,), ("group",)),
     "mxfp4-pack-quantized": ("float", (4,), ("group",)),
 }
+_MOST_GROUPS = 32  # of a configuration
 _GROUPS = {"nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32}  # columns, where the format fixes them
 
 _HARMLESS = frozenset({"global_compression_ratio", "quant_method", "run_compressed", "version"})
@@ -50,8 +57,8 @@ def parse(keys: Keys) -> Quantization:
     """What the configuration says: a scheme for each config group."""
     top = choice(keys, "format", (*_FORMATS, "mixed-precision", "naive-quantized"))
     groups = keys.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        keys.fail("config_groups", "must be an object that is not empty")
+    if not isinstance(groups, dict) or not 0 < len(groups) <= _MOST_GROUPS:
+        keys.fail("config_groups", f"must be an object of 1 to {_MOST_GROUPS} groups")
     schemes, notes = [], []
     for name, value in groups.items():
         if not isinstance(value, dict):
@@ -125,7 +132,7 @@ def decode(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice) 
 
 def _packed(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice) -> Affine:
     (n, k), bits, group = shape, scheme.bits, scheme.columns(shape[1])
-    source.only("weight_packed", "weight_scale", "weight_shape", "weight_g_idx", *([] if scheme.symmetric else ["weight_zero_point"]))
+    source.only(*(_PACKED_PARTS[:-1] if scheme.symmetric else _PACKED_PARTS))
     stored = source.get("weight_shape", ("int64", "int32"), (2,)).tolist()
     if stored != [n, k]:
         source.fail("weight_shape", f"says {stored}, the configuration {[n, k]}")
@@ -149,7 +156,7 @@ def _packed(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice)
 def _fp4(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice) -> Table:
     (n, k), group = shape, scheme.columns(shape[1])
     nvidia = scheme.format == "nvfp4-pack-quantized"
-    source.only("weight_packed", "weight_scale", *(["weight_global_scale", "input_global_scale"] if nvidia else []))
+    source.only(*(_FP4_PARTS if nvidia else _FP4_PARTS[:2]))
     source.multiple("weight_packed", "K", k, group)
     packed = source.get("weight_packed", "uint8", (n, k // 2))
     divisor = 1.0
@@ -166,5 +173,5 @@ def _fp4(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice) ->
 
 
 def _values(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice) -> Scaled:
-    source.only("weight", "weight_scale", "input_scale", "input_zero_point", "output_scale")
+    source.only(*_VALUE_PARTS)
     return decode_values(source, shape, scheme, rows, "weight_scale")

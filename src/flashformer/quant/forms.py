@@ -76,7 +76,8 @@ class Table:
         """The values of some rows (all of them by default), float32 [rows, K]."""
         part = self.take(rows)
         values = self.table[part.codes]
-        values *= np.repeat(part.scale / np.float32(self.divisor), self.group, axis=1)
+        grouped = values.reshape(*part.scale.shape, self.group)  # a view, so that nothing is repeated in memory
+        grouped *= (part.scale / np.float32(self.divisor))[:, :, None]
         return values
 
 

@@ -15,6 +15,7 @@ from .scheme import WEIGHTS_ONLY, Quantization, Scheme, block_size, choice, name
 from .source import Source
 
 METHOD = "fp8"
+PARTS = ("weight", "weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 
 _HARMLESS = frozenset({"dequantize", "is_checkpoint_fp8_serialized", "quant_method"})
 _NEUTRAL: dict[str, tuple[object, ...]] = {

@@ -14,6 +14,7 @@ from .scheme import Quantization, Scheme, choice, group_size, names
 from .source import FLOATS, Source, groups_of_columns, unpack_some_words, unpack_words
 
 METHOD = "gptq"
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 # fmt: off
 _HARMLESS = frozenset({
@@ -53,7 +54,7 @@ def decode(source: Source, shape: tuple[int, int], scheme: Scheme, rows: slice) 
     """A matrix, or some of its rows. With act-order the form is `permuted`."""
     (n, k), bits, group = shape, scheme.bits, scheme.columns(shape[1])
     per_word = 32 // bits
-    source.only("qweight", "qzeros", "scales", "g_idx")
+    source.only(*PARTS)
     source.multiple("qweight", "K", k, per_word)
     source.multiple("qzeros", "N", n, per_word)
     groups = -(-k // group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from ..config import Keys
@@ -11,6 +12,7 @@ from ..config import Keys
 WEIGHTS_ONLY = "The checkpoint asks for quantised activations; only its weights are quantised here, which is more accurate."
 
 GROUP_LIMIT = 1 << 20  # rows or columns; bounds what a configuration may ask for
+EXPRESSION_LIMIT = 100  # in a list of targets: each is tried on every module
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Scheme:
     format: str  # the method's name for the layout, such as "gemm" or "pack-quantized"
     bits: int
     scope: Literal["tensor", "channel", "group", "block"]  # what shares a scale; a channel is a row
-    group: int | None = None  # columns that share a scale (scope group)
+    group: int | None = None  # columns that share a scale (scope group; None there: each matrix says it itself)
     symmetric: bool = True
     block: tuple[int, int] | None = None  # rows and columns that share a scale (scope block)
     indexed: bool = False  # an index tensor must say which group each column is in
@@ -29,6 +31,17 @@ class Scheme:
     def columns(self, size: int) -> int:
         """How many of `size` columns share a scale: all of them, except in scope group."""
         return size if self.group is None else self.group
+
+    def describe(self) -> str:
+        """Codes and what shares a scale, such as "int4 g128", "fp8 128x128" or "nf4"."""
+        codes = f"int{self.bits}"
+        if self.floating:
+            codes = self.format.removesuffix("-pack-quantized") if self.bits == 4 else f"fp{self.bits}"
+        if self.scope in ("tensor", "channel"):
+            return f"{codes} per {self.scope}"
+        if self.block is not None:
+            return f"{codes} {self.block[0]}x{self.block[1]}"
+        return codes if self.group is None else f"{codes} g{self.group}"
 
 
 @dataclass(frozen=True)
@@ -45,17 +58,22 @@ class Quantization:
 
     def scheme_of(self, module: str, kind: str = "Linear") -> Scheme | None:
         """The scheme of a module, a specific target before that of a class; None if the module is not quantised."""
-        if any(matches(target, module, kind) for target in self.ignored):
+        if _means(self.ignored, module) or kind in self.ignored:
             return None
-        found = [(target == kind, scheme) for targets, scheme in self.schemes for target in targets if matches(target, module, kind)]
-        return min(found, key=lambda entry: entry[0])[1] if found else None
+        found = [scheme for targets, scheme in self.schemes if _means(targets, module)]
+        found += [scheme for targets, scheme in self.schemes if kind in targets]
+        return found[0] if found else None
 
 
-def matches(target: str, module: str, kind: str) -> bool:
-    """Whether a target means a module of this name and class."""
-    if target.startswith("re:"):
-        return re.match(target[3:], module[:256]) is not None
-    return target in (module, kind)
+def _means(targets: tuple[str, ...], module: str) -> bool:
+    """Whether one of the targets is this module's name or an expression that it begins with."""
+    return module in targets or any(expression.match(module[:256]) for expression in _expressions(targets))
+
+
+@lru_cache(maxsize=64)
+def _expressions(targets: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    """The expressions among targets, compiled."""
+    return tuple(re.compile(target[3:]) for target in targets if target.startswith("re:"))
 
 
 # NOTE: expressions come from the file. Only what module names need is allowed: no nested repetition, few `.*`, so that matching is fast.
@@ -68,8 +86,11 @@ def names(keys: Keys, key: str) -> tuple[str, ...]:
     value = keys.get(key, ())
     if not isinstance(value, list | tuple) or len(value) > 10_000 or any(not isinstance(x, str) or len(x) > 256 for x in value):
         keys.fail(key, "must be a list of module names")
-    for target in value:
-        if target.startswith("re:") and not _is_safe(target[3:]):
+    expressions = [target for target in value if target.startswith("re:")]
+    if len(expressions) > EXPRESSION_LIMIT:
+        keys.fail(key, f"holds {len(expressions)} expressions; at most {EXPRESSION_LIMIT} are supported")
+    for target in expressions:
+        if not _is_safe(target[3:]):
             keys.fail(key, f"the expression {ascii(target)[:100]} is not supported; supported are names, classes, and simple ones")
     return tuple(value)
 

@@ -99,7 +99,7 @@ def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
 def unpack_some_words(words: np.ndarray, bits: int, columns: slice, count: int) -> np.ndarray:
     """`unpack_words`, of some of `count` codes of each row only: int32 [R, C] -> uint8 [R, codes]."""
     start, stop, step = columns.indices(count)
-    if step != 1 or stop <= start:
+    if step != 1:
         return unpack_words(words, bits)[:, :count][:, columns]
     per_word = 32 // bits
     first = start // per_word
