@@ -163,7 +163,7 @@ class Context:
         return array
 
     def copy_async(self, pointer: int, address: int, nbytes: int, stream: Any = None) -> None:
-        """Host (pinned) to device, on a stream."""
+        """Host to device, on a stream; the host's memory must stay until then."""
         check(self.driver.cuMemcpyHtoDAsync(pointer, address, nbytes, self.stream if stream is None else stream), "copy to the GPU")
 
     def load(self, cubin: bytes) -> Any:

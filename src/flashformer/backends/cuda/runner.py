@@ -142,10 +142,9 @@ class CudaRunner:
         # Tags must never repeat: before they would wrap, the exchange memory is cleared and counting starts again.
         if (p.epoch + steps + 1) * (self.plan.config.num_layers + 1) >= 1 << 32:
             self._clear_exchange()
-        driver = self.context.driver
         self._inputs = (np.array(tokens, np.uint32), np.array(sorted(stop) or [0], np.uint32))  # alive until the copy is done
-        driver.cuMemcpyHtoD(self.forced, self._inputs[0].ctypes.data, self._inputs[0].nbytes)
-        driver.cuMemcpyHtoD(self.stop, self._inputs[1].ctypes.data, self._inputs[1].nbytes)
+        for pointer, values in zip((self.forced, self.stop), self._inputs, strict=True):
+            self.context.copy_async(pointer, values.ctypes.data, values.nbytes)
         self.cancel[0] = 0
         p.start, p.forced_count, p.stop_count, p.steps = start, len(tokens), len(stop), steps
         p.run = p.run % 0x7FFFFFFF + 1
