@@ -109,9 +109,9 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:
 
 
 def test_every_architecture_that_a_configuration_can_name_has_a_family() -> None:
-    from flashformer.config import _FAMILIES
+    from flashformer.config import FAMILIES
 
-    assert set(_FAMILIES) == set(families())
+    assert set(FAMILIES) == set(families())
     with pytest.raises(ConfigError, match=r"'GPT2LMHeadModel' is not supported; supported are LlamaForCausalLM"):
         from dataclasses import replace
 

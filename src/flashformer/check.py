@@ -74,7 +74,7 @@ def compare(ours: np.ndarray, reference: np.ndarray) -> Comparison:
     want = reference.astype(np.float64)
     have = np.nan_to_num(ours.astype(np.float64), posinf=0.0, neginf=0.0)
     difference = have - want
-    p, q = _log_softmax(want), _log_softmax(have)
+    p, q = log_softmax(want), log_softmax(have)
     kl = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
     rms = float(np.sqrt(np.mean(np.square(difference))))
     top = np.sort(want, axis=-1)[:, -2:] if want.shape[1] > 1 else np.repeat(want, 2, axis=1)
@@ -113,7 +113,7 @@ def sample_tokens(config: ModelConfig, count: int, seed: int) -> list[int]:
     return [int(i) for i in ids]
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Logarithms of the softmax over the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

@@ -1,15 +1,16 @@
-"""The command line: `flashformer generate`, `chat`, `explain`, `check`, `bench` and `cache`."""
+"""The command line: `flashformer generate`, `chat`, `explain`, `check`, `bench`, `quantize`, `quality` and `cache`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import time
 import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -255,6 +256,55 @@ def bench(
     console.print(table(records))
     if traced:
         console.print(tracing.table(traced, token_us))
+
+
+@main.command(epilog=_MODEL_HELP)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(["int4", "int8", "fp8", "mxfp4"]), required=True, help="What the weights become.")
+@click.option("--group", type=click.Choice(["32", "64", "128", "row"]), help="Columns that share a scale in int4; default: 128.")
+@click.option("--method", type=click.Choice(["rtn", "gptq"]), help="Round to nearest, or calibrate; default: gptq if there is a --text.")
+@click.option("--head", type=click.Choice(["16", "same"]), default="16", show_default=True, help="16 bits for the head, or as the rest.")
+@click.option("--text", type=click.Path(path_type=Path), help="A text file that gptq calibrates with.")
+def quantize(
+    model: str, out: Path, to: Literal["int4", "int8", "fp8", "mxfp4"], group: str | None, method: str | None,
+    head: Literal["16", "same"], text: Path | None,
+) -> None:  # fmt: skip
+    """Make a model with weights of few bits: a folder that transformers and vLLM read too (compressed-tensors).
+
+    int4 has groups of 128 columns (64 or 32 where those do not divide all matrices), mxfp4 of 32; int8 and fp8 have a scale a row.
+    Embedding and norms stay in 16 bits. OUT must not exist, or be empty.
+    """
+    from .quantize import GROUPS, Recipe
+    from .quantize import quantize as run
+
+    if method is not None and (method == "gptq") != (text is not None):
+        raise InputError("gptq calibrates with a text (--text FILE); rtn reads none")
+    if group is not None and to != "int4":
+        raise InputError(f"--group is for int4; {to} has groups of its own")
+    columns = GROUPS[0] if group is None else None if group == "row" else int(group)
+    began = time.monotonic()
+    outcome = run(model, out, Recipe(to, columns, head, text))
+    for note in outcome.notes:
+        click.echo(f"note: {note}", err=True)
+    seconds = time.monotonic() - began
+    click.echo(f"{out}: {outcome.bytes_before / 1e6:,.1f} MB of weights became {outcome.bytes_after / 1e6:,.1f} MB in {seconds:.1f} s")
+
+
+@main.command(epilog=_MODEL_HELP)
+@click.argument("model")
+@click.option("--against", help="A model with the same tokens to compare with, such as the one it was quantised from.")
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="The text file to predict.")
+@click.option("--tokens", type=click.IntRange(2), default=4096, show_default=True, help="How many of its first tokens.")
+@click.option("--window", type=click.IntRange(2), default=1024, show_default=True, help="Tokens that see each other.")
+@_device
+def quality(model: str, against: str | None, text: Path, tokens: int, window: int, device: str) -> None:
+    """Measure a model's perplexity on a text, and how far its predictions are from another model's."""
+    from rich.console import Console
+
+    from .quality import quality as run
+
+    Console(width=None if sys.stdout.isatty() else 160).print(run(model, against, text, tokens, window, device).table())
 
 
 @main.command()

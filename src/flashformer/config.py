@@ -87,7 +87,7 @@ class _Family:
     window: Literal["never", "always", "flag"] = "never"  # sliding_window: not read, read, read if use_sliding_window
 
 
-_FAMILIES = {
+FAMILIES = {
     "LlamaForCausalLM": _Family("llama", 2048, default_kv_heads=True, bias_keys=True, mlp_bias_key=True),
     "MistralForCausalLM": _Family("mistral", 131_072, window="always"),
     "Qwen2ForCausalLM": _Family("qwen2", 32_768, qkv_bias=True, window="flag"),
@@ -195,7 +195,7 @@ def parse_config(mapping: Mapping[str, Any]) -> ModelConfig:
     """
     keys = Keys(mapping, "config.json")
     architecture = _architecture(keys)
-    family = _FAMILIES[architecture]
+    family = FAMILIES[architecture]
     heads: int = keys.size("num_attention_heads", "num_heads")
     hidden: int = keys.size("hidden_size", "hidden_size")
     layers: int = keys.size("num_hidden_layers", "num_layers")
@@ -291,17 +291,17 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 def _architecture(keys: Keys) -> str:
     """The Hugging Face class name, from `architectures` or, where that is absent, from `model_type`."""
     names = keys.get("architectures", None)
-    supported = ", ".join(_FAMILIES)
+    supported = ", ".join(FAMILIES)
     model_type = keys.get("model_type", None)
     if names is None:
-        for name, family in _FAMILIES.items():
+        for name, family in FAMILIES.items():
             if family.model_type == model_type:
                 return name
         keys.fail("architectures", f"the key is required; supported are {supported}")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(_FAMILIES):
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(FAMILIES):
         keys.fail("architectures", f"this architecture is not supported; supported are {supported}")
     name = str(names[0])
-    if model_type not in (None, _FAMILIES[name].model_type):
+    if model_type not in (None, FAMILIES[name].model_type):
         keys.fail("model_type", f"contradicts architectures = {name}")
     return name
 
