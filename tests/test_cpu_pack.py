@@ -20,10 +20,12 @@ from flashformer.backends.cpu.pack import FACTS, WEIGHTS, Tools, allocate, packe
 from flashformer.build import Cache
 from flashformer.checkpoint import Checkpoint, open_checkpoint
 from flashformer.errors import CheckpointError
+from flashformer.formats import choose, encode
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
 from flashformer.targets import get
 from model_files import make_config, write_folder
+from quant_models import FORMS, QuantizedCheckpoint
 
 NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 ODD: dict[str, Any] = {"architecture": "Qwen3ForCausalLM", "hidden_size": 200, "head_dim": 24, "intermediate_size": 341, "vocab_size": 1003}
@@ -60,7 +62,7 @@ def unpack(memory: np.ndarray, layout: Layout, dtype: str, tile_rows: int) -> li
     values = memory.view(np.uint16).copy()
     found = []
     for place in layout.placements:
-        line = np.arange(place.lines)[:, None] * (tile_rows * 32) + np.argsort(line_order(dtype))
+        line = np.arange(place.geometry.columns // 32)[:, None] * (tile_rows * 32) + np.argsort(line_order(dtype))
         at = (place.row_offset.astype(np.int64) // 2)[:, None] + line.reshape(-1)
         rows = values[at].view(NUMPY[dtype]).astype(np.float32)
         groups = -(-place.columns // place.column_group)
@@ -88,6 +90,40 @@ def test_every_value_is_in_its_place(tmp_path: Path, workers: int, source: str, 
     for name, values in found:
         assert np.array_equal(values, made.checkpoint.read(name).astype(np.float32)), name
     assert len(made.layout.embedding) == (workers if tied else 1)
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "int8 zeros", "NF4", "fp8 blocks", "int4 rows"])
+def test_every_code_and_scale_is_in_its_place(tmp_path: Path, name: str) -> None:
+    """Read back as formats.h says: planes of four columns of four rows, then the scales of each group."""
+    made = Made(tmp_path, 3, hidden_size=192, intermediate_size=320, head_dim=48, tie_word_embeddings=name != "NF4", vocab_size=291)
+    graph = build_graph(made.checkpoint.config)
+    forms = {w: FORMS[name][0](made.checkpoint.read(w).astype(np.float32)) for w, shape in made.plan.weights.items() if len(shape) == 2}
+    made.checkpoint = QuantizedCheckpoint(made.checkpoint, forms)
+    made.plan = make_plan(made.plan.config, graph, get("cpu"), 64, 3, choose(made.checkpoint, made.plan.weights))
+    made.layout = lay_out(made.plan)
+    memory, strange = made.pack()
+    assert strange == [] and sorted(place.weight for place in made.layout.placements) == sorted(forms)
+    left = memory.copy()
+    for place in made.layout.placements:
+        f, columns = place.geometry.format, np.arange(place.columns)
+        encoded = encode(forms[place.weight], f, place.weight)
+        assert f.name == FORMS[name][1] or f.group == 0
+        first = place.row_offset.astype(np.int64)[:, None]
+        if f.bits == 8:
+            at = first + columns // 4 * 16 + columns % 4
+            codes = memory[at]
+        else:
+            plane = columns % 32 // 4
+            at = first + columns // 32 * 64 + columns % 4 * 4 + plane // 2
+            codes = memory[at] >> (plane % 2 * 4) & 15
+        assert np.array_equal(codes, encoded.codes)
+        size = encoded.scales.itemsize
+        values = np.arange(encoded.scales.shape[1] * encoded.scales.shape[2])
+        where = place.scale_offset.astype(np.int64)[:, None, None] + values[:, None] * 4 * size + np.arange(size)
+        assert np.array_equal(memory[where].reshape(len(first), -1).view(encoded.scales.dtype), encoded.scales.reshape(len(first), -1))
+        left[at] = 0
+        left[where] = 0
+    assert not left.any()
 
 
 def test_all_kinds_of_values_are_converted_as_numpy_does(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,7 +27,6 @@ from fuzzing import bounded_memory, mutations, survey
 from quant_folders import CASES, Model, Writer, awq, compressed, packed_integers, quantized_model
 
 each_case = pytest.mark.parametrize("case", CASES)
-quiet = pytest.mark.filterwarnings("ignore:.*expanded to bfloat16")
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
@@ -47,7 +45,6 @@ def bits(values: np.ndarray) -> np.ndarray:
 # --- right -----------------------------------------------------------------------------------------------------------------
 
 
-@quiet
 @each_case
 def test_values_are_exact(tmp_path: Path, case: str) -> None:
     """Values as packed, `read` rounded to bfloat16, some rows alike; tensors that are not quantised as they lie in the file."""
@@ -85,7 +82,6 @@ def test_the_reference_runs_on_exact_values(tmp_path: Path, case: str) -> None:
     assert np.isfinite(logits[0]).all() and logits[0].std() > 0.1
 
 
-@quiet
 @pytest.mark.parametrize("case", ["awq", "gptq v2 act-order", "fp8 blocks", "nf4"])
 def test_the_cpu_runs_them(tmp_path: Path, case: str) -> None:
     folder = quantized_model(CASES[case]).write(tmp_path)
@@ -95,7 +91,6 @@ def test_the_cpu_runs_them(tmp_path: Path, case: str) -> None:
         assert result.within, result.describe()
 
 
-@quiet
 def test_head_and_embedding_may_be_quantised(tmp_path: Path) -> None:
     """Targets by name; the other modules keep plain weights."""
     groups = {"g": {**CASES["int4"].config["config_groups"]["group_0"], "targets": ["Linear", "model.embed_tokens"]}}
@@ -141,22 +136,6 @@ def test_formats_may_mix(tmp_path: Path) -> None:
 # --- what a user is told ---------------------------------------------------------------------------------------------------
 
 
-def test_the_user_is_told_once_what_is_expanded(tmp_path: Path) -> None:
-    folder = quantized_model(CASES["int4"]).write(tmp_path)
-    with opened(folder) as checkpoint:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for name in checkpoint.names():
-                checkpoint.values(name)
-            checkpoint.read("lm_head.weight")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(checkpoint.read, checkpoint.names()))
-        said = [str(warning.message) for warning in caught]
-        assert len(said) == 1 and "14 matrices in compressed-tensors int4 g32 are expanded to bfloat16" in said[0] and "\n" not in said[0]
-
-
 def test_notes_of_the_method_are_notes_of_the_model(tmp_path: Path) -> None:
     model = quantized_model(CASES["fp8 blocks"])
     with opened(model.write(tmp_path)) as checkpoint:
@@ -199,7 +178,6 @@ def test_memory_is_that_of_a_few_rows(case: str) -> None:
     assert check < 400_000 and rows < 1_000_000 and whole < 2 * 2048 * 2048 + 6_000_000
 
 
-@quiet
 def test_many_threads_read_the_same(tmp_path: Path) -> None:
     model = quantized_model(CASES["awq"], hidden_size=256, intermediate_size=512)
     with opened(model.write(tmp_path)) as checkpoint:
@@ -294,7 +272,6 @@ def test_what_does_not_fit_is_refused_when_opened(tmp_path: Path, case: str, par
     assert f"{DOWN}.{part}" in str(error.value) and Q not in str(error.value)
 
 
-@quiet
 @pytest.mark.parametrize(("case", "part", "change", "says"), WHEN_READ)
 def test_damaged_values_are_refused_when_read(tmp_path: Path, case: str, part: str, change: Change, says: str) -> None:
     with opened(damaged(case, part, change).write(tmp_path)) as checkpoint:
@@ -405,7 +382,6 @@ def test_a_layout_is_part_of_the_configuration() -> None:
     assert first != second and repr(first) != repr(second) and hash(first) == hash(parse_config(quantized_model(case).config))
 
 
-@quiet
 @pytest.mark.parametrize("case", ["gptq v2 act-order", "int4 asymmetric", "fp8 blocks", "nf4 double"])
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_damaged_files_give_our_error(tmp_path: Path, case: str, file: str) -> None:

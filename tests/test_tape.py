@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashformer.config import ModelConfig
+from flashformer.formats import Format
 from flashformer.models import build_graph
 from flashformer.plan import Geometry, Plan, make_plan
 from flashformer.shapes import shape
-from flashformer.tape import UNIT, Tape, chunk_sizes, lay_tapes, tile_offsets
+from flashformer.tape import Tape, chunk_sizes, lay_tapes, tile_offsets
 from flashformer.targets import get
 
 
@@ -42,7 +44,11 @@ def obvious(plan: Plan) -> list[list[tuple[int, int, list[tuple[int, int]]]]]:
             while tiles:
                 group, tiles = tiles[: g.warps_rows], tiles[g.warps_rows :]
                 for part, fragments in enumerate(g.part_sizes()):
-                    nbytes = len(group) * g.warps_columns * fragments * g.tile_rows * g.fragment_columns * 2
+                    nbytes = len(group) * g.warps_columns * fragments * g.tile_rows * g.fragment_columns * g.format.bits // 8
+                    f, columns = g.format, fragments * g.fragment_columns
+                    groups = g.warps_columns * -(-columns // f.group) if f.group else int(part == g.parts - 1)
+                    nbytes += g.tile_rows * len(group) * groups * f.group_bytes
+                    nbytes += -nbytes % plan.target.chunk_unit
                     tape.append((index, nbytes, [(tile, part) for tile in group]))
         tapes.append(tape)
     return tapes
@@ -68,10 +74,13 @@ def check(plan: Plan, tape: Tape) -> None:
     for w, t in enumerate(tapes):
         assert tape.stage[:, w].tolist() == [chunk[0] for chunk in t] + [-1] * (chunks - len(t))
         assert tape.size[:, w].tolist() == [chunk[1] for chunk in t] + [0] * (chunks - len(t))
-        assert (tape.offset[:, w] * UNIT).tolist() == offset[:, w].tolist()
-        for i, (index, nbytes, parts) in enumerate(t):
-            for number, part in enumerate(parts):
-                found.setdefault(index, {})[part] = int(offset[i, w]) + number * nbytes // len(parts)
+        assert (tape.offset[:, w] * tape.unit).tolist() == offset[:, w].tolist()
+        for i, (index, _, parts) in enumerate(t):
+            geometry = plan.stages[index].geometry
+            for number, (tile, part) in enumerate(parts):
+                assert geometry is not None
+                inside = number * geometry.warps_columns * geometry.part_sizes()[part] * geometry.fragment_bytes
+                found.setdefault(index, {})[tile, part] = int(offset[i, w]) + inside
     for index, stage in enumerate(plan.stages):
         first = [next((i for i, chunk in enumerate(t) if chunk[0] == index), None) for t in tapes]
         assert all(f is None or f == ours for f, ours in zip(first, tape.first_chunk(index).tolist(), strict=True))
@@ -85,6 +94,24 @@ def check(plan: Plan, tape: Tape) -> None:
 def test_tapes_are_laid_as_they_are_read(workers: int, target: str) -> None:
     plan = planned(workers, target)
     check(plan, lay_tapes(plan))
+
+
+FORMATS = (
+    Format("int", 4, 32, "minimum", "float16"), Format("int", 8), Format("int", 8, 64, "zero", "bfloat16"), Format("int", 4, 128),
+    Format("table", 4, 16, table=(0.0,) * 16),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize("target", ["sm_90", "cpu"])
+def test_tapes_of_codes_and_their_scales(format: Format, target: str) -> None:
+    """On a GPU as it would be with kernels for them."""
+    config = planned(1, "cpu", hidden_size=576, head_dim=32).config
+    graph, able = build_graph(config), replace(get(target), kernels=get("cpu").kernels)
+    plan = make_plan(config, graph, able, workers=5, formats=dict.fromkeys(graph.weights(), format))
+    assert all(s.geometry.format == format for s in plan.stages if s.geometry)
+    check(plan, lay_tapes(plan))
+    assert plan.weight_bytes() < plan.tape_bytes() < make_plan(config, graph, able, workers=5).tape_bytes()
 
 
 @settings(max_examples=30, deadline=None)
@@ -109,7 +136,7 @@ def test_chunks_of_the_known_shapes_are_counted_in_units() -> None:
     plan = make_plan(shape("llama-3.1-8b"), build_graph(shape("llama-3.1-8b")), get("sm_90"))
     tape = lay_tapes(plan)
     assert tape.nbytes == 15_009_316_864 == int(tape.size.sum(dtype=np.int64))  # no padding at all
-    assert (tape.size % UNIT == 0).all() and tape.size.max() == 16384
+    assert (tape.size % 512 == 0).all() and tape.size.max() == 16384
     assert (tape.size == 16384).mean() > 0.97  # nearly all chunks fill their slots
 
 
@@ -153,7 +180,7 @@ def test_a_product_from_the_tapes(target: str) -> None:
         for group in range(0, stage.count[worker], g.warps_rows):
             tiles = min(g.warps_rows, stage.count[worker] - group)
             for part, size in enumerate(g.part_sizes()):
-                at = int(tape.offset[chunk, worker]) * UNIT // 2
+                at = int(tape.offset[chunk, worker]) * tape.unit // 2
                 read = arena[at : at + int(tape.size[chunk, worker]) // 2]
                 fragments = read.reshape(tiles, g.warps_columns, size, g.tile_rows, g.fragment_columns)
                 for warp in range(g.warps_columns):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from exchange_model import ExchangeModel
 from flashformer.config import ModelConfig
 from flashformer.errors import PlanError
+from flashformer.formats import PLAIN, Format
 from flashformer.fuse import LinearSpec
 from flashformer.models import build_graph
 from flashformer.plan import Plan, Stage, make_plan
@@ -89,7 +90,7 @@ def block(plan: Plan, name: str, layer: int | None, number: int, **fields: Any) 
     return edit(plan, name, layer, changed)
 
 
-def geometry(plan: Plan, name: str, **fields: int) -> Plan:
+def geometry(plan: Plan, name: str, **fields: Any) -> Plan:
     """A plan with fields of a stage's geometry changed."""
     return edit(plan, name, None, lambda s: replace(s, geometry=replace(s.geometry, **fields)))  # type: ignore[type-var]
 
@@ -255,6 +256,53 @@ def test_padding_must_be_owned_by_somebody_awaited(monkeypatch: pytest.MonkeyPat
         validate(padding_anywhere(config, 40, monkeypatch))
 
 
+def quantised(format: Format, target: str = "cpu", **changes: Any) -> Plan:
+    """A valid plan with all matrices in one format."""
+    config = model(head_dim=32, **changes)
+    able = replace(get(target), kernels=get("cpu").kernels)
+    graph = build_graph(config)
+    return make_plan(config, graph, able, workers=7, formats=dict.fromkeys(graph.weights(), format))
+
+
+FORMAT_DAMAGE: dict[str, tuple[Callable[[Plan], Plan], str]] = {
+    "no kernel": (
+        lambda p: geometry(p, "down", format=Format("int", 4, 40)), "layer 0 down: wrong geometry: cpu has no kernel for int4 g40",
+    ),
+    "wider codes": (lambda p: geometry(p, "down", format=PLAIN), "layer 0 down: wrong geometry: its fragments are not those of cpu"),
+    "chunks unpadded": (lambda p: geometry(p, "down", chunk_unit=1), "layer 0 down: wrong geometry: its fragments are not those of cpu"),
+    "padding in groups": (
+        lambda p: linear(p, "attention_output", column_group=16), "attention_output: wrong geometry: groups of 64 columns with padding",
+    ),
+    "table of its own": (lambda p: replace(p, embedding_format=PLAIN), "rows of model.embed_tokens.weight cannot be looked up in 16-bit"),
+    "table unknown": (lambda p: replace(p, embedding_format=Format("int", 2)), "cannot be looked up in int2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMAT_DAMAGE)
+def test_wrong_formats_are_refused(name: str) -> None:
+    plan = quantised(Format("int", 4, 64, "zero"), tied_embeddings=True)
+    validate(plan)
+    damage, message = FORMAT_DAMAGE[name]
+    with pytest.raises(PlanError, match=message):
+        validate(damage(plan))
+
+
+def test_layers_have_one_format_where_a_kernel_has_one_body() -> None:
+    plan = quantised(Format("int", 4, 64, "zero"))
+    one = geometry(plan, "down", format=Format("int", 4, 64))
+    stages = tuple(mixed if s.layer == 1 else s for s, mixed in zip(plan.stages, one.stages, strict=True))
+    validate(replace(plan, stages=stages))
+    target = replace(plan.target, mixed_layers=False)
+    with pytest.raises(PlanError, match="layer 1 down differs from the same stage of layer 0"):
+        validate(replace(plan, stages=stages, target=target))
+
+
+def test_parts_end_with_groups() -> None:
+    validate(quantised(Format("int", 8, 64), "sm_90"))
+    with pytest.raises(PlanError, match="a part ends inside a group of 128 columns"):
+        validate(quantised(Format("int", 8, 128), "sm_90", ffn_size=64 * 9))
+
+
 # --- damaged tapes ---------------------------------------------------------------------------------------------------------
 
 
@@ -268,14 +316,15 @@ def with_row(values: np.ndarray, chunk: int, worker: int, value: int) -> np.ndar
 TAPE_DAMAGE: dict[str, tuple[Callable[[Tape], Tape], str]] = {
     "overlap": (lambda t: replace(t, offset=with_row(t.offset, 5, 3, t.offset[5, 2])), "worker [23]: chunk 5 overlaps another one"),
     "overlap by a unit": (lambda t: replace(t, offset=with_row(t.offset, 9, 1, t.offset[9, 1] - 1)), "worker 1: chunk 9 overlaps"),
-    "before the arena": (lambda t: replace(t, offset=t.offset - 1), "the tapes take bytes -512 to"),
+    "before the arena": (lambda t: replace(t, offset=t.offset - 1), "the tapes take bytes -(64|512) to"),
     "arena too small": (lambda t: replace(t, nbytes=t.nbytes - 512), "of an arena of"),
-    "arena beyond 32 bits": (lambda t: replace(t, nbytes=(512 << 32) + 512), "of an arena of"),
+    "arena beyond 32 bits": (lambda t: replace(t, nbytes=(t.unit << 32) + t.unit), "of an arena of"),
     "truncated": (lambda t: replace(t, offset=t.offset[:-1], size=t.size[:-1]), "truncated: they have [0-9]+ chunks"),
     "chunk cut": (lambda t: replace(t, size=with_row(t.size, 7, 0, t.size[7, 0] - 512)), "worker 0: chunk 7 has [0-9]+ bytes, not"),
     "chunk after the end": (lambda t: replace(t, size=np.where(t.size < 0, 0, t.size) + 512 * (t.stage < 0)), r"has 512 bytes, not 0"),
     "attention forgotten": (lambda t: replace(t, size=t.size + 512 * (t.stage == 2)), "has 512 bytes, not 0"),
     "stages misplaced": (lambda t: replace(t, starts=with_row(t.starts, 4, 2, t.starts[4, 2] + 1)), "worker 2 ends layer 0 combine at"),
+    "other units": (lambda t: replace(t, unit=128), "the tapes count units of 128 bytes; those of"),
     "stages forgotten": (lambda t: replace(t, starts=t.starts[:-1]), "the tapes begin 20 stages; the plan has 21"),
 }
 
@@ -294,8 +343,8 @@ def test_damaged_tapes_are_refused(name: str, target: str) -> None:
 def test_chunks_may_lie_in_any_order(plan: Plan) -> None:
     """What counts is that they do not overlap."""
     tape = lay_tapes(plan)
-    end = tape.nbytes // 512
-    validate_tape(plan, replace(tape, offset=end - tape.offset - tape.size // 512))
+    end = tape.nbytes // tape.unit
+    validate_tape(plan, replace(tape, offset=end - tape.offset - tape.size // tape.unit))
 
 
 # --- valid plans -----------------------------------------------------------------------------------------------------------

@@ -20,10 +20,15 @@ from .errors import FlashFormerError, InputError
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .engine import Engine
+    from .formats import Format
 
 _MODEL_HELP = "MODEL is a Hugging Face folder, a GGUF file, 'demo', or a name on the Hugging Face hub."
 _device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run.")
 _context = click.option("--max-context", type=click.IntRange(1), help="Positions of the KV cache; default: what model and memory allow.")
+_weights = click.option(
+    "--weights", type=click.Choice(["native", "bf16"]), default="native", show_default=True,
+    help="Quantised weights as they are, where the device has kernels for them, or expanded.",
+)  # fmt: skip
 _FAILED, _INTERRUPTED = 2, 130
 
 
@@ -72,9 +77,11 @@ def main() -> None:
 @click.option("--stats", is_flag=True, help="Say afterwards how fast it was.")
 @_device
 @_context
+@_weights
 def generate(
-    model: str, prompt: str, max_tokens: int, stop: tuple[str, ...], chat: bool | None, stats: bool, device: str, max_context: int | None
-) -> None:
+    model: str, prompt: str, max_tokens: int, stop: tuple[str, ...], chat: bool | None, stats: bool, device: str, max_context: int | None,
+    weights: str,
+) -> None:  # fmt: skip
     """Print a model's answer to a prompt as it is made (greedy)."""
     from .engine import load
     from .sampling import SamplingParams
@@ -83,7 +90,7 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     params = SamplingParams(max_tokens=max_tokens, stop=stop)
-    with load(model, device, max_context) as engine:
+    with load(model, device, max_context, weights=weights) as engine:
         _tell_notes(engine)
         if not prompt:
             raise InputError("the prompt is empty")
@@ -106,13 +113,14 @@ def generate(
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Most tokens of an answer.")
 @_device
 @_context
-def chat(model: str, system: str | None, max_tokens: int, device: str, max_context: int | None) -> None:
+@_weights
+def chat(model: str, system: str | None, max_tokens: int, device: str, max_context: int | None, weights: str) -> None:
     """Talk with a model in the terminal (greedy); lines may also come from a pipe."""
     from .engine import load
     from .sampling import SamplingParams
     from .terminal import Chat
 
-    with load(model, device, max_context) as engine:
+    with load(model, device, max_context, weights=weights) as engine:
         _tell_notes(engine)
         Chat(engine, SamplingParams(max_tokens=max_tokens), system).run()
 
@@ -140,33 +148,39 @@ def explain(model: str, target_name: str | None, workers: int | None, context: i
     from .targets import get
     from .validate import validate
 
-    config = _configuration(model)
+    config, formats = _configuration(model)
     target = get(target_name) if target_name else find_device().target
     positions = min(config.max_positions, max_context or config.max_positions)
-    plan = make_plan(config, build_graph(config), replace(target, workers=workers or target.workers), positions)
+    plan = make_plan(config, build_graph(config), replace(target, workers=workers or target.workers), positions, formats=formats)
     if context is not None and context >= plan.max_context:
         raise InputError(f"--context is {context}; there are {plan.max_context} positions")
     validate(plan)
     Console(soft_wrap=not sys.stdout.isatty()).print(render(plan, context))
 
 
-def _configuration(model: str) -> ModelConfig:
-    """The configuration of a model, reading as little as possible; `model` may be a config.json or a named shape."""
+def _configuration(model: str) -> tuple[ModelConfig, dict[str, Format]]:
+    """The configuration of a model and the formats of its quantised weights, as far as its files are here.
+
+    Reads as little as possible; `model` may be a config.json or a named shape.
+    """
     from .checkpoint import open_checkpoint
     from .config import read_config
+    from .formats import choose
     from .hub import resolve
+    from .models import build_graph
     from .shapes import SHAPES
 
     path = Path(model)
     if path.name == "config.json" and path.is_file():
-        return read_config(path.parent)
+        return read_config(path.parent), {}
     if model in SHAPES and not path.exists():
-        return SHAPES[model]
+        return SHAPES[model], {}
     path = resolve(model, config_only=True)
-    if path.is_dir():
-        return read_config(path)
+    if path.is_dir() and (read_config(path).quantization is None or not any(path.glob("*.safetensors"))):
+        return read_config(path), {}
     with open_checkpoint(path) as checkpoint:
-        return checkpoint.config
+        names = [name for name in build_graph(checkpoint.config).weights() if name in checkpoint.names()]
+        return checkpoint.config, choose(checkpoint, names)
 
 
 @main.command(epilog=_MODEL_HELP)
@@ -174,15 +188,16 @@ def _configuration(model: str) -> ModelConfig:
 @click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, help="Positions to compare.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random token ids.")
 @_device
+@_weights
 @click.pass_context
-def check(ctx: click.Context, model: str, tokens: int, seed: int, device: str) -> None:
+def check(ctx: click.Context, model: str, tokens: int, seed: int, device: str, weights: str) -> None:
     """Compare the kernel on this device with a plain reference on this very model; exit status 1 if it is out of tolerance."""
     from .check import check_runner, sample_tokens
     from .engine import load
     from .models import build_graph
     from .reference import Reference
 
-    with load(model, device, max_context=None) as engine:
+    with load(model, device, weights=weights) as engine:
         if tokens >= engine.max_context:
             raise InputError(f"--tokens is {tokens}; the context holds {engine.max_context}")
         click.echo(f"Comparing {tokens} positions on {engine.device.name} with the reference ...", err=True)

@@ -17,6 +17,7 @@ from . import env
 from .backends import Progress, Runner, RunStats
 from .config import ModelConfig
 from .errors import CheckpointError, DeviceError, InputError
+from .formats import Format, choose
 from .graph import Graph
 from .plan import BLOCK_POSITIONS, Plan, make_plan
 from .sampling import SamplingParams, StopMatcher
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 DEVICES = ("auto", "cpu", "cuda")
+WEIGHTS = ("native", "bf16")
 CPU_CONTEXT = 8192  # default on CPUs, whose memory other programs need too
 MEMORY_SHARE = 0.9  # of the memory that weights and the default context may fill
 
@@ -77,12 +79,12 @@ def find_device(device: str = "auto") -> Device:
     return Device("cpu", "CPU", replace(get("cpu"), workers=env.threads()), memory)
 
 
-def default_context(config: ModelConfig, graph: Graph, device: Device) -> int:
+def default_context(config: ModelConfig, graph: Graph, device: Device, formats: Mapping[str, Format] | None = None) -> int:
     """Positions that the KV cache gets where the user does not say: all of the model's, as far as memory allows.
 
-    Raises DeviceError if the weights alone do not fit.
+    formats: as `make_plan` takes them. Raises DeviceError if the weights alone do not fit.
     """
-    shortest = make_plan(config, graph, device.target, 1)
+    shortest = make_plan(config, graph, device.target, 1, formats=formats)
     weights = shortest.tape_bytes() + shortest.embedding_bytes()
     kv = config.num_layers * shortest.kv.layer_bytes / BLOCK_POSITIONS
     positions = int((device.memory_bytes * MEMORY_SHARE - weights) / kv)
@@ -248,31 +250,42 @@ class Engine:
             self._busy = False
 
 
-def load(model: str | os.PathLike[str], device: str = "auto", max_context: int | None = None, progress: Progress | None = None) -> Engine:
+def load(
+    model: str | os.PathLike[str], device: str = "auto", max_context: int | None = None, progress: Progress | None = None,
+    weights: str = "native",
+) -> Engine:  # fmt: skip
     """Load a model and make it ready to run.
 
     model: a Hugging Face folder, a GGUF file, "demo", or a name on the Hugging Face hub. device: "auto", "cpu" or "cuda".
     max_context: positions of the KV cache (default: all that the model supports and the memory holds; on a CPU at most
-    8,192). progress: told what is being done; by default bars on stderr, where that is a terminal.
+    8,192). progress: told what is being done; by default bars on stderr, where that is a terminal. weights: "native" keeps quantised
+    matrices in formats that hold them exactly wherever the device has kernels for them, "bf16" expands all to 16 bits; what that
+    costs is in the notes of the engine's configuration.
 
     Raises CheckpointError, ConfigError, PlanError, BuildError or DeviceError, each a FlashFormerError.
     """
     from .checkpoint import check_tensors, open_checkpoint
+    from .explain import expansions
     from .hub import resolve
     from .models import build_graph
     from .progress import bars
     from .validate import validate
 
     began = time.perf_counter()
+    if weights not in WEIGHTS:
+        raise InputError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
     where = find_device(device)
     checkpoint = open_checkpoint(resolve(os.fspath(model)))
     try:
         graph = build_graph(checkpoint.config)
         check_tensors(checkpoint, graph.weights())
+        formats = choose(checkpoint, graph.weights()) if weights == "native" else {}
         if max_context is None:
-            max_context = default_context(checkpoint.config, graph, where)
-        plan = make_plan(checkpoint.config, graph, where.target, max_context)
+            max_context = default_context(checkpoint.config, graph, where, formats)
+        plan = make_plan(checkpoint.config, graph, where.target, max_context, formats=formats)
         validate(plan)
+        if note := expansions(plan, checkpoint):
+            plan = replace(plan, config=replace(plan.config, notes=(*plan.config.notes, note)))
         env.debug(2, lambda: f"planned in {time.perf_counter() - began:.3f} s")
         env.debug(3, lambda: _described(plan))
         with bars(progress) as told:

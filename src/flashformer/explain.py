@@ -11,6 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .checkpoint import Checkpoint
+from .formats import PLAIN, Format
 from .plan import Plan
 
 
@@ -27,6 +29,7 @@ class StageSummary:
     hands_on: int  # values that one hands to all workers; 0: none
     exchanges: int
     microseconds: float
+    formats: tuple[str, ...]  # that its weights are held in
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,40 @@ def _summaries(plan: Plan, context: int) -> Iterator[StageSummary]:
         first = stages[0]
         weights = sum(s.weight_bytes for s in stages)
         kv = plan.kv.bytes_read(context) * len(stages) if first.kind == "attention" else 0
-        slowest = sum(max(s.count) * s.geometry.tile_bytes * plan.target.workers for s in stages if s.geometry)
+        slowest = sum(s.geometry.bytes_of(max(s.count)) * plan.target.workers for s in stages if s.geometry)
         exchanges = len(stages) if first.writes or first.kind == "token" else 0
         microseconds = (slowest + kv) / (plan.target.bandwidth_gb_s * 1e3) + exchanges * plan.target.exchange_us
         hands_on = plan.buffer(first.writes).values if first.writes else 0
         if first.name == "head":
             exchanges, microseconds = 0, microseconds - len(stages) * plan.target.exchange_us  # the token stage exchanges
+        formats = tuple(dict.fromkeys(s.geometry.format.name for s in stages if s.geometry))
         yield StageSummary(
-            name, len(stages), first.tiles, weights, kv, slowest / weights if weights else 1.0, hands_on, exchanges, microseconds
+            name, len(stages), first.tiles, weights, kv, slowest / weights if weights else 1.0, hands_on, exchanges, microseconds, formats
         )
+
+
+def expansions(plan: Plan, checkpoint: Checkpoint) -> str:
+    """One line about the quantised matrices that take more bytes than in the checkpoint, and how many; empty where there are none."""
+    told: dict[str, dict[str, None]] = {}  # what becomes of a type -> the stages with it
+    stored, held = 0, 0
+
+    def compare(where: str, name: str, format: Format) -> None:
+        nonlocal stored, held
+        spec = checkpoint.spec(name)
+        nbytes = spec.shape[0] * format.row_bytes(spec.shape[1])
+        if nbytes <= spec.nbytes or checkpoint.form(name, slice(0, 0)) is None:
+            return
+        stored, held = stored + spec.nbytes, held + nbytes
+        becomes = f"expanded to {plan.config.dtype}" if format == PLAIN else f"held as {format.name}"
+        told.setdefault(f"{spec.dtype} is {becomes}", {})[where] = None
+
+    matrices = {block.weight: s for s in plan.stages if s.linear for block in s.linear.blocks}
+    for name, s in matrices.items():
+        if s.geometry:
+            compare(s.name, name, s.geometry.format)
+    if plan.embedding not in matrices:
+        compare("embedding", plan.embedding, plan.embedding_format)
+    return "; ".join(f"{', '.join(where)}: {what}" for what, where in told.items()) + f": +{(held - stored) / 1e9:.2f} GB" if told else ""
 
 
 def render(plan: Plan, context: int | None = None) -> RenderableType:
@@ -81,7 +109,8 @@ def render(plan: Plan, context: int | None = None) -> RenderableType:
     scaling = f", {c.rope_scaling.kind} scaling by {c.rope_scaling.factor:g}" if c.rope_scaling else ""
     options = [name for name, on in (("qkv bias", c.qkv_bias), ("q/k norm", c.qk_norm), ("tied embeddings", c.tied_embeddings)) if on]
     # Of the matrices: vectors (norms, biases) are too few to matter. A tied head counts once.
-    parameters = (plan.weight_bytes() + (0 if c.tied_embeddings else plan.embedding_bytes())) // 2
+    matrices = [s.linear.rows_used * s.linear.columns_used for s in plan.stages if s.linear]
+    parameters = sum(matrices) + (0 if c.tied_embeddings else c.vocab_size * c.hidden_size)
     cache = c.num_layers * kv.layer_bytes
     memory = plan.tape_bytes() + plan.embedding_bytes() + cache
     for label, value in (
@@ -95,12 +124,13 @@ def render(plan: Plan, context: int | None = None) -> RenderableType:
     ):  # fmt: skip
         facts.add_row(Text(label, style="bold"), value)
     table = Table(title=f"One token after {context} positions, predicted", title_justify="left", title_style="bold")
-    for column in ("stage", "times", "tiles", "MB", "max/mean", "exchanged", "us"):
-        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=column == "stage")
+    for column in ("stage", "times", "tiles", "MB", "max/mean", "exchanged", "us", "weights"):
+        table.add_column(column, justify="left" if column in ("stage", "weights") else "right", no_wrap=column == "stage")
     for s in predicted.stages:
         table.add_row(
             s.name, str(s.times), str(s.tiles or ""), _megabytes(s.weight_bytes + s.kv_bytes),
             f"{s.imbalance:.3f}" if s.weight_bytes else "", f"{s.hands_on}" if s.exchanges and s.hands_on else "", f"{s.microseconds:.1f}",
+            ", ".join(s.formats),
         )  # fmt: skip
     padding = plan.tape_bytes() / plan.weight_bytes() - 1
     table.add_section()

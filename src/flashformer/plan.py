@@ -7,12 +7,15 @@ CPU core) owns a run of them and reads their weights, stage after stage, as one 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from .config import ModelConfig
 from .errors import PlanError
+from .formats import PLAIN, Format, join
 from .fuse import LinearSpec, StageSpec, fuse
 from .graph import Graph
 from .targets import Target
@@ -39,6 +42,7 @@ class Geometry:
 
     `warps_rows` tiles form a group and go through the worker together; within a tile, warp k of `warps_columns` owns the
     columns [k * fragments, (k + 1) * fragments) * fragment_columns, read in `parts` nearly equal parts: one chunk each.
+    Behind its fragments a chunk holds their scales: tile after tile, warp after warp, group after group, those of a tile's rows.
     """
 
     tile_rows: int
@@ -47,6 +51,8 @@ class Geometry:
     warps_columns: int
     fragments: int
     parts: int
+    format: Format = PLAIN
+    chunk_unit: int = 512  # bytes that chunks are padded to
 
     @property
     def columns(self) -> int:
@@ -55,16 +61,38 @@ class Geometry:
 
     @property
     def fragment_bytes(self) -> int:
-        """Bytes of one fragment of 16-bit values."""
-        return self.tile_rows * self.fragment_columns * 2
+        """Bytes of one fragment."""
+        return self.tile_rows * self.fragment_columns * self.format.bits // 8
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes of one tile on the tape."""
-        return self.warps_columns * self.fragments * self.fragment_bytes
+        """Bytes of a tile alone on the tape."""
+        return self.bytes_of(1)
+
+    def bytes_of(self, tiles: int) -> int:
+        """Bytes with which one worker reads so many tiles."""
+        groups, rest = divmod(tiles, self.warps_rows)
+        return sum(groups * self.chunk_bytes(self.warps_rows, part) + self.chunk_bytes(rest, part) for part in range(self.parts))
+
+    def chunk_bytes(self, tiles: int, part: int) -> int:
+        """Bytes of the chunk with one part of so many tiles, which go through the worker together."""
+        fragments = self.warps_columns * self.part_sizes()[part] * self.fragment_bytes
+        return round_up(tiles * (fragments + self.scale_bytes(part)), self.chunk_unit)
+
+    def scale_bytes(self, part: int) -> int:
+        """Bytes of the scales of one tile in a part; those of whole rows come with the last part."""
+        if self.format.group:
+            groups = self.warps_columns * self.format.groups(self.part_sizes()[part] * self.fragment_columns)
+        else:
+            groups = int(part == self.parts - 1)
+        return self.tile_rows * groups * self.format.group_bytes
 
     def part_sizes(self) -> tuple[int, ...]:
         """Fragments per warp in each part; the device computes the same in `part_size` (linear.cuh)."""
+        return self._part_sizes
+
+    @cached_property
+    def _part_sizes(self) -> tuple[int, ...]:
         return tuple(self.fragments // self.parts + (i < self.fragments % self.parts) for i in range(self.parts))
 
 
@@ -101,7 +129,7 @@ class Stage:
     @property
     def weight_bytes(self) -> int:
         """Bytes that this stage reads from the tapes, padding included."""
-        return self.tiles * self.geometry.tile_bytes if self.geometry else 0
+        return sum(self.geometry.bytes_of(tiles) * workers for tiles, workers in Counter(self.count).items()) if self.geometry else 0
 
 
 @dataclass(frozen=True)
@@ -143,6 +171,7 @@ class Plan:
     stages: tuple[Stage, ...]
     kv: KvLayout
     embedding: str  # name of the embedding table
+    embedding_format: Format  # in which its rows are looked up: the head's, where that is the same table
     weights: Mapping[str, tuple[int, ...]]  # every tensor that the model reads, with its shape
 
     def buffer(self, name: str) -> Buffer:
@@ -154,8 +183,8 @@ class Plan:
         return tuple(s for s in self.stages if s.layer == layer)
 
     def weight_bytes(self) -> int:
-        """Weight bytes read per token from the model's point of view: no padding, the embedding only if tied."""
-        return sum(s.linear.rows_used * s.linear.columns_used * 2 for s in self.stages if s.linear)
+        """Weight bytes read per token from the model's point of view: scales but no padding, the embedding only if tied."""
+        return sum(s.linear.rows_used * s.geometry.format.row_bytes(s.linear.columns_used) for s in self.stages if s.linear and s.geometry)
 
     def tape_bytes(self) -> int:
         """Bytes of all tapes, padding included."""
@@ -163,19 +192,20 @@ class Plan:
 
     def embedding_bytes(self) -> int:
         """Bytes of the embedding table."""
-        return self.config.vocab_size * self.config.hidden_size * 2
+        return self.config.vocab_size * self.embedding_format.row_bytes(self.config.hidden_size)
 
     def token_bytes(self, context: int) -> int:
         """Bytes that a token must read with `context` positions before it: weights and KV cache."""
         return self.weight_bytes() + self.config.num_layers * self.kv.bytes_read(context)
 
 
-def choose_geometry(target: Target, columns: int) -> Geometry:
+def choose_geometry(target: Target, columns: int, format: Format = PLAIN) -> Geometry:
     """The widest split of the columns over warps whose padding stays under PADDING, else the one with the least.
 
     More warps on a tile means fewer values of x per warp and a shorter first result.
     """
-    needed = ceil_div(columns, target.fragment_columns)
+    fragment_columns = target.columns_of(format)
+    needed = ceil_div(columns, fragment_columns)
     options: list[tuple[float, int, int]] = []
     split = target.warps
     while split:
@@ -187,8 +217,9 @@ def choose_geometry(target: Target, columns: int) -> Geometry:
         raise PlanError(f"a matrix with {columns} columns is too wide for {target.name}")
     _, split, fragments = next((o for o in options if o[0] <= PADDING), min(options))
     return Geometry(
-        target.tile_rows, target.fragment_columns, target.warps // split, split, fragments, ceil_div(fragments, target.part_fragments)
-    )
+        target.tile_rows, fragment_columns, target.warps // split, split, fragments, ceil_div(fragments, target.part_fragments),
+        format, target.chunk_unit,
+    )  # fmt: skip
 
 
 def spread(tiles: int, workers: int) -> list[int]:
@@ -229,11 +260,38 @@ def make_kv_layout(config: ModelConfig, max_context: int) -> KvLayout:
     )
 
 
-def make_plan(config: ModelConfig, graph: Graph, target: Target, max_context: int | None = None, workers: int | None = None) -> Plan:
+def choose_formats(specs: Sequence[StageSpec], target: Target, formats: Mapping[str, Format]) -> list[Format]:
+    """The format of each stage: the cheapest that holds all of its matrices exactly, or 16-bit values where there is none.
+
+    `formats` names one for each matrix that is not stored plainly.
+    """
+
+    def chosen(spec: StageSpec) -> Format:
+        if spec.linear is None:
+            return PLAIN
+        found = join(formats.get(block.weight, PLAIN) for block in spec.linear.blocks)
+        # Groups of columns follow each other without padding.
+        fits = found is not None and (not found.group or spec.linear.column_group == spec.linear.column_stride)
+        return found if found is not None and fits and target.runs(found) else PLAIN
+
+    each = [chosen(spec) for spec in specs]
+    if target.mixed_layers:
+        return each
+    alike: dict[str, Format | None] = {}
+    for spec, format in zip(specs, each, strict=True):
+        alike[spec.name] = join((alike.get(spec.name, format), format))
+    return [format if format is not None and target.runs(format) else PLAIN for format in (alike[spec.name] for spec in specs)]
+
+
+def make_plan(
+    config: ModelConfig, graph: Graph, target: Target, max_context: int | None = None, workers: int | None = None,
+    formats: Mapping[str, Format] | None = None,
+) -> Plan:  # fmt: skip
     """Decide everything for `graph` on `target`.
 
     max_context: positions that the KV cache holds (default: all that the model was made for).
-    workers: the device's real number of SMs or cores. Raises PlanError for a model that the target cannot hold.
+    workers: the device's real number of SMs or cores. formats: of the matrices that need not be expanded to 16-bit values (see
+    `formats.choose`). Raises PlanError for a model that the target cannot hold.
     """
     if workers is not None:
         if workers < 1:
@@ -246,7 +304,9 @@ def make_plan(config: ModelConfig, graph: Graph, target: Target, max_context: in
     specs = fuse(graph, kv.head_pad)
     load = [0] * target.workers
     owners = [w for w, tiles in enumerate(spread(ceil_div(config.hidden_size, target.tile_rows), target.workers)) if tiles]
-    stages = tuple(_assign(spec, target, owners, load) for spec in specs)
+    formats = formats or {}
+    chosen = choose_formats(specs, target, formats)
+    stages = tuple(_assign(spec, format, target, owners, load) for spec, format in zip(specs, chosen, strict=True))
     buffers: dict[str, Buffer] = {}
     for spec in specs:
         if spec.writes and spec.writes not in buffers:
@@ -259,10 +319,13 @@ def make_plan(config: ModelConfig, graph: Graph, target: Target, max_context: in
             buffers[spec.writes] = Buffer(spec.writes, values, kind, moment=bool(spec.publish_gamma))
     embedding = next(op.weights[0].name for op in graph.operators if op.kind == "embed")
     weights = {name: weight.shape for name, weight in graph.weights().items()}
-    return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, weights)
+    tied = (s.geometry.format for s in stages if s.linear and s.geometry and s.linear.blocks[0].weight == embedding)
+    table = next(tied, formats.get(embedding, PLAIN))
+    table = table if target.runs(table) else PLAIN
+    return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, table, weights)
 
 
-def _assign(spec: StageSpec, target: Target, owners: list[int], load: list[int]) -> Stage:
+def _assign(spec: StageSpec, format: Format, target: Target, owners: list[int], load: list[int]) -> Stage:
     """Give the tiles of one stage to the workers; `owners` are those of the residual, `load` collects each worker's bytes."""
     stage = Stage(
         spec.name, spec.kind, spec.layer, spec.reads, spec.writes,
@@ -274,7 +337,7 @@ def _assign(spec: StageSpec, target: Target, owners: list[int], load: list[int])
     if spec.linear is None:
         count = spread(tiles, target.workers)
         return replace(stage, tiles=tiles, count=tuple(count), first=prefix(count))
-    geometry = choose_geometry(target, spec.linear.columns)
+    geometry = choose_geometry(target, spec.linear.columns, format)
     tiles = ceil_div(spec.linear.rows, target.tile_rows)
     if spec.linear.interleave:
         # A tile holds half its rows of gate, then the same rows of up.
@@ -285,6 +348,7 @@ def _assign(spec: StageSpec, target: Target, owners: list[int], load: list[int])
     else:
         # NOTE: nobody waits for a tile of padding. A worker that had nothing else might read its input when that is overwritten already.
         count = balance(tiles, owners if spec.linear.has_empty_tiles(target.tile_rows) else range(target.workers), load)
+    nbytes = {c: geometry.bytes_of(c) for c in set(count)}
     for w, c in enumerate(count):
-        load[w] += c * geometry.tile_bytes
+        load[w] += nbytes[c]
     return replace(stage, tiles=tiles, count=tuple(count), first=prefix(count), geometry=geometry)

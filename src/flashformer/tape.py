@@ -14,21 +14,20 @@ import numpy as np
 
 from .plan import Geometry, Plan, Stage, ceil_div
 
-UNIT = 512  # bytes: chunk offsets count these, so that 32 bits reach 2 TB
-
 
 @dataclass(frozen=True)
 class Tape:
     """Chunks of all workers: row i of worker w is its i-th chunk; rows past `length[w]` are empty.
 
-    offset int64 [chunks, workers] in UNITs into one arena; size int32 [chunks, workers] in bytes; starts int32
-    [stages + 1, workers]: the chunk with which each stage of the plan begins (where it has none: would begin), and the end.
+    offset int64 [chunks, workers] in units (so that 32 bits reach far) into one arena; size int32 [chunks, workers] in bytes; starts
+    int32 [stages + 1, workers]: the chunk with which each stage of the plan begins (where it has none: would begin), and the end.
     """
 
     offset: np.ndarray
     size: np.ndarray
     starts: np.ndarray
     nbytes: int  # of the arena
+    unit: int  # bytes
 
     @property
     def length(self) -> np.ndarray:
@@ -52,9 +51,11 @@ class Tape:
 def chunk_sizes(g: Geometry, tiles: int) -> np.ndarray:
     """Bytes of the chunks with which one worker reads `tiles` tiles of a linear stage, int32 [groups * parts]."""
     groups = ceil_div(tiles, g.warps_rows)
-    in_group = np.minimum(tiles - np.arange(groups) * g.warps_rows, g.warps_rows)  # tiles of each group
-    parts = np.array(g.part_sizes())
-    return (in_group[:, None] * g.warps_columns * parts[None, :] * g.fragment_bytes).reshape(-1).astype(np.int32)
+    sizes = np.empty((groups, g.parts), np.int32)
+    sizes[:] = [g.chunk_bytes(g.warps_rows, part) for part in range(g.parts)]
+    if tiles % g.warps_rows:
+        sizes[-1] = [g.chunk_bytes(tiles % g.warps_rows, part) for part in range(g.parts)]
+    return sizes.reshape(-1)
 
 
 def lay_tapes(plan: Plan) -> Tape:
@@ -79,15 +80,16 @@ def lay_tapes(plan: Plan) -> Tape:
     size = np.zeros((workers, int(starts[-1].max())), np.int32)
     for w in range(workers):
         size[w, : starts[-1, w]] = np.concatenate([row[w] for row in runs])
-    if plan.target.kind == "cuda":
+    unit, cuda = plan.target.chunk_unit, plan.target.kind == "cuda"
+    if cuda:
         size = np.ascontiguousarray(size.T)
     # In two steps, because a sum in 64 bits over all chunks of a large model would take longer than everything else here.
-    units = size // UNIT
-    ends = np.cumsum(units, axis=1, dtype=np.int32)  # from the beginning of the row
+    units = size // unit
+    ends: np.ndarray = np.cumsum(units, axis=1, dtype=np.int32 if cuda else np.int64)  # from the beginning of the row
     row_ends = np.cumsum(ends[:, -1], dtype=np.int64)
     offset = (row_ends - ends[:, -1])[:, None] + (ends - units)
-    nbytes = int(row_ends[-1]) * UNIT
-    return Tape(offset, size, starts, nbytes) if plan.target.kind == "cuda" else Tape(offset.T, size.T, starts, nbytes)
+    nbytes = int(row_ends[-1]) * unit
+    return Tape(offset, size, starts, nbytes, unit) if cuda else Tape(offset.T, size.T, starts, nbytes, unit)
 
 
 def block_rows(stage: Stage, number: int) -> np.ndarray:
@@ -103,7 +105,7 @@ def block_rows(stage: Stage, number: int) -> np.ndarray:
 def tile_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:
     """Where each tile of linear stage `index` begins in each of its chunks, int64 [tiles, parts] in bytes.
 
-    Within a chunk, tile r of the group starts after the r tiles before it: r * warps_columns * part fragments.
+    Within a chunk, tile r of the group starts after the r tiles before it: r * warps_columns * part fragments. Scales are behind them.
     """
     stage = plan.stages[index]
     g = stage.geometry
@@ -113,6 +115,6 @@ def tile_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:
     local = np.arange(stage.tiles) - np.array(stage.first, np.int64)[worker]
     chunk = tape.first_chunk(index)[worker] + local // g.warps_rows * g.parts
     rows = chunk[:, None] + np.arange(g.parts)[None, :]
-    start = tape.offset[rows, worker[:, None]] * UNIT
+    start = tape.offset[rows, worker[:, None]] * tape.unit
     inside = (local % g.warps_rows)[:, None] * (g.warps_columns * parts * g.fragment_bytes)[None, :]
     return start + inside

@@ -129,9 +129,9 @@ def _bytes(plan: Plan, stage: Stage, position: int, visited: np.ndarray) -> np.n
     """
     if stage.kind == "attention":
         return np.where(visited, plan.kv.bytes_read(position) / max(int(visited.sum()), 1), 0.0)
-    if stage.linear is None:
+    if stage.linear is None or stage.geometry is None:
         return np.zeros(len(visited))
-    return stage.linear.rows_used * stage.linear.columns_used * 2 * np.array(stage.count) / stage.tiles
+    return stage.linear.rows_used * stage.geometry.format.row_bytes(stage.linear.columns_used) * np.array(stage.count) / stage.tiles
 
 
 def summarize(trace: Trace) -> list[StageTimes]:

@@ -22,7 +22,7 @@ import numpy as np
 from .errors import PlanError
 from .fuse import LinearSpec
 from .plan import BLOCK_POSITIONS, COLUMN_HEADS, HEAD_MULTIPLE, Geometry, Plan, Stage, ceil_div, round_up
-from .tape import UNIT, Tape, block_rows, lay_tapes
+from .tape import Tape, block_rows, lay_tapes
 
 # The stages as the kernels walk them: (name, kind, what a linear stage does with its result).
 FIRST = (("embed", "embed", ""),)
@@ -151,16 +151,23 @@ def _geometry_fits(plan: Plan) -> None:
     t, slot = plan.target, _slot_bytes(plan)
     for s, spec, g in _linear(plan):
         sizes = g.part_sizes() if 1 <= g.parts <= g.fragments else (0,)
-        chunk = g.warps_rows * g.warps_columns * max(sizes) * g.fragment_bytes
+        chunk = max(_chunk_bytes(g, g.warps_rows), default=0)
+        ends = (np.arange(g.warps_columns)[:, None] * g.fragments + np.cumsum(sizes)).reshape(-1) * g.fragment_columns
         for wrong, what in (
-            ((g.tile_rows, g.fragment_columns) != (t.tile_rows, t.fragment_columns), f"its fragments are not those of {t.name}"),
+            (not t.runs(g.format), f"{t.name} has no kernel for {g.format.name}"),
+            (
+                (g.tile_rows, g.fragment_columns, g.chunk_unit) != (t.tile_rows, t.columns_of(g.format), t.chunk_unit),
+                f"its fragments are not those of {t.name}",
+            ),
+            (g.format.group > 0 and spec.column_group != spec.column_stride, f"groups of {g.format.group} columns with padding between"),
+            (g.format.group > 0 and (ends[:-1] % g.format.group != 0).any(), f"a part ends inside a group of {g.format.group} columns"),
             (g.warps_rows < 1 or g.warps_rows * g.warps_columns != t.warps, f"it does not share out {t.warps} warps"),
             (not 1 <= g.fragments <= t.max_fragments, f"{g.fragments} fragments a warp, which holds 1 to {t.max_fragments}"),
             (sum(sizes) != g.fragments, f"{g.fragments} fragments cannot be read in {g.parts} parts"),
             (max(sizes) > t.part_fragments, f"parts of {max(sizes)} fragments; a chunk holds {t.part_fragments} of a warp"),
             (chunk > slot, f"chunks of {chunk} bytes; a slot of the ring holds {slot}"),
             (g.columns < spec.columns, f"{g.columns} of {spec.columns} columns are covered"),
-            (g.fragment_bytes % UNIT != 0, f"fragments of {g.fragment_bytes} bytes are not aligned to {UNIT}"),
+            (g.fragment_bytes % t.chunk_unit != 0, f"fragments of {g.fragment_bytes} bytes are not aligned to {t.chunk_unit}"),
         ):
             if wrong:
                 raise PlanError(f"{_where(s)}: wrong geometry: {what}")
@@ -190,6 +197,9 @@ def _weights_used_once(plan: Plan) -> None:
     table = (plan.config.vocab_size, plan.config.hidden_size)
     if plan.weights.get(plan.embedding) != table:
         raise PlanError(f"the embedding table {plan.embedding!r} is no weight of the shape {list(table)}")
+    tied = [g.format for _, spec, g in _linear(plan) if any(b.weight == plan.embedding for b in spec.blocks)]
+    if not plan.target.runs(plan.embedding_format) or any(format != plan.embedding_format for format in tied):
+        raise PlanError(f"the rows of {plan.embedding} cannot be looked up in {plan.embedding_format.name}")
     if lost := sorted(plan.weights.keys() - used - {plan.embedding}):
         raise PlanError(f"no stage reads the weight {lost[0]}" + (f", nor {len(lost) - 1} others" if lost[1:] else ""))
 
@@ -343,13 +353,14 @@ def _padding_owned_by_awaited(plan: Plan) -> None:
 
 
 def _layers_alike(plan: Plan) -> None:
-    """A kernel has one body for all layers: only weights and the owners of tiles differ."""
+    """A kernel has one body for all layers: only weights, the owners of tiles and, on some targets, formats differ."""
 
     def pattern(s: Stage) -> tuple[object, ...]:
         spec = s.linear
         columns = spec and (spec.columns_used, spec.column_group, spec.column_stride, spec.eps)
         blocks = spec and tuple((b.rows, b.group, b.stride, bool(b.bias)) for b in spec.blocks)
-        return s.reads, s.writes, s.tiles, s.geometry, columns, blocks, len(s.head_norms)
+        geometry = None if plan.target.mixed_layers else s.geometry
+        return s.reads, s.writes, s.tiles, geometry, columns, blocks, len(s.head_norms)
 
     first = [pattern(s) for s in plan.layer_stages(0)]
     for i, s in enumerate(plan.stages[len(FIRST) : -len(LAST)]):
@@ -361,9 +372,20 @@ def _layers_alike(plan: Plan) -> None:
 
 
 def _chunk_bytes(g: Geometry, tiles: int) -> list[int]:
-    """What the chunks of so many tiles must hold: of each group of tiles, part after part."""
+    """What the chunks of so many tiles must hold: of each group of tiles, part after part, and what pads them."""
+
+    def scales(part: int, fragments: int) -> int:
+        """Of one tile: a row's scale of each group of columns, or one that comes last."""
+        if g.format.group == 0:
+            return (part == g.parts - 1) * g.format.group_bytes
+        return g.warps_columns * ceil_div(fragments * g.fragment_columns, g.format.group) * g.format.group_bytes
+
     groups = [min(g.warps_rows, tiles - first) for first in range(0, tiles, g.warps_rows)]
-    return [in_group * g.warps_columns * part * g.fragment_bytes for in_group in groups for part in g.part_sizes()]
+    sizes = [
+        g.warps_columns * fragments * g.fragment_bytes + g.tile_rows * scales(part, fragments)
+        for part, fragments in enumerate(g.part_sizes())
+    ]
+    return [round_up(in_group * size, g.chunk_unit) for in_group in groups for size in sizes]
 
 
 def _chunks_hold_the_tiles(plan: Plan, tape: Tape) -> None:
@@ -406,10 +428,13 @@ def _in_order(first: np.ndarray, units: np.ndarray) -> bool:
 
 
 def _chunks_apart(plan: Plan, tape: Tape) -> None:
-    """No two chunks overlap, and all lie inside the arena, whose bytes 32 bits can count in UNITs."""
+    """No two chunks overlap, and all lie inside the arena, whose units 32 bits can count."""
+    unit = plan.target.chunk_unit
+    if tape.unit != unit:
+        raise PlanError(f"the tapes count units of {tape.unit} bytes; those of {plan.target.name} have {unit}")
     by_worker = plan.target.kind == "cpu"  # in memory, chunks are expected in the order of a worker, else chunk i of all workers
     first = (tape.offset.T if by_worker else tape.offset).reshape(-1)
-    units = (tape.size.T if by_worker else tape.size).reshape(-1) // UNIT
+    units = (tape.size.T if by_worker else tape.size).reshape(-1) // unit
     if not _in_order(first, units):
         place = np.flatnonzero(units)
         place = place[np.argsort(first[place], kind="stable")]
@@ -419,6 +444,6 @@ def _chunks_apart(plan: Plan, tape: Tape) -> None:
             at = int(place[1 + overlap.argmax()])
             chunk, w = divmod(at, len(tape.size))[::-1] if by_worker else divmod(at, plan.target.workers)
             raise PlanError(f"the tape of worker {w}: chunk {chunk} overlaps another one")
-    end = int(first[-1] + units[-1]) * UNIT
-    if first[0] < 0 or end > tape.nbytes or tape.nbytes > UNIT << 32:
-        raise PlanError(f"the tapes take bytes {int(first[0]) * UNIT} to {end} of an arena of {tape.nbytes}, at most {UNIT << 32}")
+    end = int(first[-1] + units[-1]) * unit
+    if first[0] < 0 or end > tape.nbytes or tape.nbytes > unit << 32:
+        raise PlanError(f"the tapes take bytes {int(first[0]) * unit} to {end} of an arena of {tape.nbytes}, at most {unit << 32}")

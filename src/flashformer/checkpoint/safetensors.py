@@ -8,8 +8,6 @@ holes or overlaps. The reader is ours because it maps bfloat16 without a copy an
 from __future__ import annotations
 
 import math
-import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +118,6 @@ class SafetensorsCheckpoint(Checkpoint):
         self._files: dict[str, SafetensorsFile] = {}
         self._home: dict[str, SafetensorsFile] = {}
         self._matrices: dict[str, QuantizedMatrix] = {}
-        self._lock, self._told = threading.Lock(), False
         try:
             self._open()
         except CheckpointError:
@@ -170,7 +167,6 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         if name in self._matrices:
-            self._tell()
             return self._matrices[name].expand(rows)
         tensor = self._find(name).read(name)
         return tensor if rows is None else tensor[rows]
@@ -180,18 +176,6 @@ class SafetensorsCheckpoint(Checkpoint):
             return self._matrices[name].form(rows)
         self._find(name)
         return None
-
-    def _tell(self) -> None:
-        """Warn, once, that weights are expanded."""
-        with self._lock:
-            if self._told:
-                return
-            self._told = True
-        specs = [matrix.spec for matrix in self._matrices.values()]
-        kinds = " and ".join(sorted({spec.dtype for spec in specs}))
-        stored, expanded = sum(spec.nbytes for spec in specs), sum(2 * math.prod(spec.shape) for spec in specs)
-        size = f"{expanded / 1e9:.2f} GB instead of {stored / 1e9:.2f}"
-        warnings.warn(f"{self.path}: {len(specs)} matrices in {kinds} are expanded to bfloat16: {size}", stacklevel=3)
 
     def _view(self, name: str) -> np.ndarray:
         return self._home[name].view(name)

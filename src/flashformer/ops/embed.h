@@ -1,5 +1,6 @@
 // The embedding of the present token becomes the residual vector; every worker copies its own tiles.
 #pragma once
+#include "formats.h"
 #include "worker.h"
 
 template <class M, class S>
@@ -7,13 +8,10 @@ struct Embed {
   using Stage = S;
 
   static void run(Worker<M>& w, u32) {
-    using V = typename M::Value;
-    const u16* row = w.embedding_row(w.token);
+    const u8* tile = w.embedding_tile(w.token);
     float* to = w.values(S::kOutput);
     const Range own = w.range(S::kRange);
-    for (u32 c = own.first * kTileRows; c < (own.first + own.count) * kTileRows; c++) {
-      const u16* line = row + c / kLine * kTileRows * kLine;
-      to[c] = V::widen(line[V::place(c % kLine / kHalf, c % kHalf)]);
-    }
+    for (u32 c = own.first * kTileRows; c < (own.first + own.count) * kTileRows; c++)
+      to[c] = c < M::kHidden ? M::Table::value(tile, w.token % kTileRows, int(c), M::kTableColumns) : 0.0f;
   }
 };

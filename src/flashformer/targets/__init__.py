@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import PlanError
+from ..formats import Format
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Target:
     warps: int  # that share a worker's tiles: each tile's columns are split over 1..warps of them
     part_fragments: int  # most fragments of one warp in one chunk of the tape
     max_fragments: int  # most fragments of one tile that a warp's registers can hold x for
+    kernels: tuple[tuple[str, int], ...] = (("float", 16),)  # kinds and bits of the formats that there are kernels for
+    code_columns: int = 0  # of a fragment of 8- or 4-bit codes; 0: as many as take the bytes of a 16-bit fragment
+    mixed_layers: bool = False  # whether the same stage of two layers may have different formats
+    chunk_unit: int = 512  # bytes: chunks of a tape begin at multiples of it
     # GPU only: shared memory, roles and pacing.
     shared_bytes: int = 0  # that one thread block may use
     finisher_warps: int = 3  # 8 consumers, 3 finishers and the producer: 168 registers each
@@ -39,6 +44,16 @@ class Target:
     exchange_copies: int = 1  # of a vector that every SM reads, so that not all poll the same lines
     kv_min_blocks: int = 2  # fewest blocks of the KV cache that are worth a piece of their own
     kv_slack_bytes: int = 65536  # of the KV cache that an SM may read beyond its even share, so that it meets one head only
+
+    def runs(self, format: Format) -> bool:
+        """Whether there is a kernel for a format. Groups are whole fragments of codes, or 16 columns."""
+        return (format.kind, format.bits) in self.kernels and (format.group == 16 or format.group % 32 == 0)
+
+    def columns_of(self, format: Format) -> int:
+        """Columns of a fragment of a format."""
+        if format.bits == 16:
+            return self.fragment_columns
+        return self.code_columns or self.fragment_columns * 16 // format.bits
 
 
 def available() -> dict[str, Target]:

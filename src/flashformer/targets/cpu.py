@@ -11,8 +11,12 @@ TARGET = Target(
     bandwidth_gb_s=20.0,
     exchange_us=1.0,
     tile_rows=4,
-    fragment_columns=64,  # two cache lines of 16-bit values: a fragment is one UNIT of a tape
+    fragment_columns=64,
     warps=1,
     part_fragments=1 << 20,
     max_fragments=1 << 20,
+    kernels=(("float", 16), ("int", 8), ("int", 4), ("table", 4), ("fp8", 8)),
+    code_columns=32,
+    mixed_layers=True,
+    chunk_unit=64,  # a cache line
 )

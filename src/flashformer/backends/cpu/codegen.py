@@ -11,13 +11,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...plan import Plan, Stage, ceil_div, round_up
-from ..source import Field, camel, constants, ctypes_fields, struct
+from ...formats import Format
+from ...plan import Geometry, Plan, Stage, ceil_div, choose_geometry, round_up
+from ..source import Field, camel, constants, ctypes_fields, literal, struct
 
 HEADERS = Path(__file__).parent
 OPERATORS = HEADERS.parent.parent / "ops"
 LINE = 32  # values in a cache line of 16-bit values, kLine in prelude.h
 ALIGNMENT = 16  # floats in a cache line
+SCALES = {"float16": "HalfScale", "bfloat16": "BfloatScale", "float32": "FloatScale"}  # formats.h
+OPERATIONS = {"linear": "Linear", "attention": "Attention", "combine": "Combine"}
+QUAD = 4  # sums of x that a group with an offset needs, kPlane in formats.h
 LAYER_RANGES = 2  # number of the first tile range that a layer has of its own: after those of embed and combine
 
 # A model in memory.
@@ -103,6 +107,45 @@ def columns(stage: Stage) -> int:
     return stage.geometry.columns
 
 
+def table_geometry(plan: Plan) -> Geometry:
+    """How the embedding table is laid: as a head with its format would be."""
+    return choose_geometry(plan.target, plan.config.hidden_size, plan.embedding_format)
+
+
+def variants(plan: Plan) -> dict[str, list[Stage]]:
+    """The linear stages of the layers that differ in their format: of each name the first with each geometry."""
+    found: dict[str, list[Stage]] = {}
+    for stage in plan.stages:
+        if stage.linear and stage.layer >= 0:
+            same = found.setdefault(stage.name, [])
+            if all(stage.geometry != other.geometry for other in same):
+                same.append(stage)
+    return found
+
+
+def variant(plan: Plan, stage: Stage) -> int:
+    """The number of a stage of the layers among its variants."""
+    return [other.geometry for other in variants(plan)[stage.name]].index(stage.geometry)
+
+
+def struct_name(plan: Plan, stage: Stage) -> str:
+    """The struct of a stage; those of further variants are numbered."""
+    number = variant(plan, stage) if stage.linear and stage.layer >= 0 else 0
+    return camel(stage.name) + (str(number) if number else "")
+
+
+def format_table(stage: Stage) -> str:
+    """The array with the variant of each layer."""
+    return f"k{camel(stage.name)}Formats"
+
+
+def linear_scratch(stage: Stage) -> int:
+    """Floats that a worker needs for a linear stage: x, then sums of x for each group of columns that has an offset."""
+    assert stage.geometry is not None
+    format = stage.geometry.format
+    return columns(stage) + (QUAD * format.groups(columns(stage)) if format.offset != "none" else 0)
+
+
 def place_buffers(plan: Plan) -> tuple[dict[str, int], int]:
     """Offsets of the buffers in the memory of values, and its size, in floats.
 
@@ -145,17 +188,46 @@ def place_vectors(plan: Plan) -> Vectors:
         size += round_up(floats, ALIGNMENT)
         return at
 
-    for stage in linear_stages(plan, 0):
+    for name, stages in variants(plan).items():
+        stage = stages[0]
         assert stage.linear is not None
         if any(b.bias for b in stage.linear.blocks):
-            bias[stage.name] = take(stage.tiles * plan.target.tile_rows)
+            bias[name] = take(stage.tiles * plan.target.tile_rows)
         if stage.linear.eps:
-            gamma[stage.name] = take(columns(stage))
+            gamma[name] = take(max(map(columns, stages)))
     query_norm = key_norm = 0
     if plan.config.qk_norm:
         query_norm, key_norm = take(plan.kv.head_dim), take(plan.kv.head_dim)
     (head,) = linear_stages(plan, plan.config.num_layers)
     return Vectors(size, bias, {**gamma, head.name: 0}, query_norm, key_norm)
+
+
+class _Formats:
+    """The types of formats.h that a plan needs, and the tables that they name."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+        self._tables: dict[tuple[float, ...], str] = {}
+
+    def type_of(self, format: Format) -> str:
+        """The C++ type of a format."""
+        if format.kind == "float":
+            return f"Plain<{camel(self._dtype)}>"
+        if format.bits == 4:
+            values = "Signed4" if format.offset == "none" else "Unsigned4"
+            if format.kind == "table":
+                values = self._tables.setdefault(format.table, f"Table{len(self._tables)}")
+            code = f"Nibbles<{values}>"
+        else:
+            code = f"Octets<{'E4m3' if format.kind == 'fp8' else 'Integer'}>"
+        return f"Codes<{code}, {format.group}, Offset::k{camel(format.offset)}, {SCALES[format.scale]}>"
+
+    def tables(self) -> list[str]:
+        """The structs of the tables that `type_of` has named."""
+        return [
+            f"struct {name} {{ static constexpr bool kConsecutive = false; static constexpr float kValues[] = {{{values}}}; }};"
+            for name, values in ((name, ", ".join(map(literal, table))) for table, name in self._tables.items())
+        ]
 
 
 def generate(plan: Plan) -> Source:
@@ -169,7 +241,11 @@ def generate(plan: Plan) -> Source:
     names = tuple(s.name for s in (embed, *body, head))
     ranges = LAYER_RANGES + len(linears) * c.num_layers + 1
     splits = kv.virtual_heads // kv.heads
-    scratch = max(columns(head), splits * kv.virtual_group * kv.head_pad)
+    table = table_geometry(plan)
+    types = _Formats(c.dtype)
+    table_type = types.type_of(table.format)
+    every = [s for same in variants(plan).values() for s in same] + [head]
+    scratch = max(*map(linear_scratch, every), splits * kv.virtual_group * kv.head_pad)
 
     model: list[tuple[str, str, object]] = [
         ("u32", "kWorkers", t.workers),
@@ -188,7 +264,8 @@ def generate(plan: Plan) -> Source:
         ("int", "kQueryNorm", vectors.query_norm),
         ("int", "kKeyNorm", vectors.key_norm),
         ("int", "kLayerVectors", vectors.layer_size),
-        ("int", "kEmbeddingLines", columns(head) // LINE),
+        ("u32", "kHidden", c.hidden_size),
+        ("int", "kTableColumns", table.columns),
         ("u64", "kKvBlocks", kv.blocks),
         ("u64", "kKvBlockBytes", kv.block_bytes),
         ("int", "kPieces", pieces(plan)),
@@ -208,9 +285,12 @@ def generate(plan: Plan) -> Source:
             facts.append(("int", "kOutput", buffers[s.writes]))
         if s.kind != "attention":
             facts.append(("int", "kRange", number))
-        types = ["  using Source = Attention;"] if s.kind == "combine" else []
-        if s.linear:
-            types = [f"  static constexpr Epilogue kEpilogue = Epilogue::k{camel(s.linear.epilogue)};"]
+        lines = ["  using Source = Attention;"] if s.kind == "combine" else []
+        if s.linear and s.geometry:
+            lines = [
+                f"  static constexpr Epilogue kEpilogue = Epilogue::k{camel(s.linear.epilogue)};",
+                f"  using Format = {types.type_of(s.geometry.format)};",
+            ]
             facts += [
                 ("int", "kColumns", s.linear.columns_used),
                 ("int", "kLines", columns(s) // LINE),
@@ -219,10 +299,28 @@ def generate(plan: Plan) -> Source:
                 ("int", "kGamma", vectors.gamma.get(s.name, 0)),
                 ("int", "kBias", -1 if s is head else vectors.bias.get(s.name, -1)),
             ]
-        return [f"struct {camel(s.name)} {{", *types, *constants(facts), "};"]
+        return [f"struct {struct_name(plan, s)} {{", *lines, *constants(facts), "};"]
+
+    def call(s: Stage) -> str:
+        """The call of a stage in every layer, by the layer's format where they differ."""
+        same = variants(plan)[s.name] if s.linear else [s]
+        calls = [f"worker.run<{OPERATIONS[s.kind]}<Model, stage::{struct_name(plan, v)}>>(layer)" for v in same]
+        if not calls[1:]:
+            return f"      {calls[0]};"
+        cases = " ".join(f"case {i}: {call}; break;" for i, call in enumerate(calls))
+        return f"      switch (stage::{format_table(s)}[layer]) {{ {cases} }}"
+
+    def layers(s: Stage) -> list[str]:
+        """The variants of a stage of the layers, and which layer has which."""
+        if s.linear is None:
+            return stage(s, numbers.get(s.name, 0))
+        same = variants(plan)[s.name]
+        lines = [line for v in same for line in stage(v, numbers[s.name])]
+        which = ", ".join(str(variant(plan, other)) for other in plan.stages if other.name == s.name)
+        return [*lines, f"constexpr u8 {format_table(s)}[] = {{{which}}};"] if same[1:] else lines
 
     numbers = {"embed": 0, "combine": 1, **{s.name: LAYER_RANGES + i for i, s in enumerate(linears)}, head.name: LAYER_RANGES}
-    calls = {"linear": "Linear", "attention": "Attention", "combine": "Combine"}
+    stages = [*stage(embed, numbers["embed"]), *(line for s in body for line in layers(s)), *stage(head, numbers[head.name])]
     text = [
         f"// {c.architecture}: {c.num_layers} layers, {t.workers} workers. Generated; see the headers for what it does.",
         '#include "prelude.h"',
@@ -236,13 +334,15 @@ def generate(plan: Plan) -> Source:
         *struct("Status", STATUS),
         '#include "engine.h"',
         "",
+        *types.tables(),
         "struct Model {",
         f"  using Value = {camel(c.dtype)};",
+        f"  using Table = {table_type};",
         *constants(model),
         "};",
         "",
         "namespace stage {",
-        *(line for s in (embed, *body, head) for line in stage(s, numbers.get(s.name, 0))),
+        *stages,
         "}  // namespace stage",
         "",
         "// One token, as every worker walks it.",
@@ -250,7 +350,7 @@ def generate(plan: Plan) -> Source:
         "  static void token(Worker<Model>& worker) {",
         "    worker.run<Embed<Model, stage::Embed>>();",
         "    for (u32 layer = 0; layer < Model::kLayers; layer++) {",
-        *(f"      worker.run<{calls[s.kind]}<Model, stage::{camel(s.name)}>>(layer);" for s in body),
+        *map(call, body),
         "    }",
         "    if (!worker.wants_head) return;",
         "    worker.run<Linear<Model, stage::Head>>(Model::kLayers);",

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...checkpoint import Checkpoint
-from ...plan import Plan, Stage
-from ...tape import UNIT, block_rows, lay_tapes, tile_offsets
-from .codegen import LAYER_RANGES, LINE, Source, columns, linear_stages
+from ...fuse import LinearSpec
+from ...plan import Geometry, Plan, round_up
+from ...tape import block_rows, lay_tapes, tile_offsets
+from .codegen import LAYER_RANGES, Source, linear_stages, table_geometry
 
-LINE_BYTES = 2 * LINE
+PAGE_BYTES = 512  # the memory is a multiple of this, which is what a checksum takes at a time
 SEGMENT = np.dtype([("offset", "u8"), ("first", "u4"), ("count", "u4")])  # `Segment` in worker.h
 
 
@@ -20,11 +21,12 @@ class Placement:
     """A matrix on the tapes: where each of its rows begins, and how its columns are padded."""
 
     weight: str
+    geometry: Geometry
     row_offset: np.ndarray  # uint64 [rows] bytes
+    scale_offset: np.ndarray  # uint64 [rows] bytes
     columns: int
     column_group: int
     column_stride: int
-    lines: int  # of a row, including the zero padding
 
 
 @dataclass(frozen=True)
@@ -40,31 +42,34 @@ class Layout:
 def lay_out(plan: Plan) -> Layout:
     """Place all weights. A tied embedding table is not stored twice: the head's tiles serve both."""
     tape = lay_tapes(plan)
-    tile_rows = plan.target.tile_rows
     placements = []
 
-    def place(weight: str, stage: Stage, rows: np.ndarray, tiles: np.ndarray) -> None:
-        assert stage.linear is not None
-        offset = (tiles[rows // tile_rows] + rows % tile_rows * LINE_BYTES).astype(np.uint64)
-        spec = stage.linear
-        placements.append(Placement(weight, offset, spec.columns_used, spec.column_group, spec.column_stride, columns(stage) // LINE))
+    def place(weight: str, spec: LinearSpec, g: Geometry, rows: np.ndarray, tiles: np.ndarray) -> None:
+        tile, row = tiles[rows // g.tile_rows], rows % g.tile_rows
+        # Where the second row of a tile begins: after a line of the first, or after its values of a plane.
+        step = {16: 64, 8: 4, 4: 16}[g.format.bits]
+        scale = tile + g.fragments * g.fragment_bytes + row * (g.format.group_bytes // g.format.scale_values)
+        offsets = (tile + row * step).astype(np.uint64), scale.astype(np.uint64)
+        placements.append(Placement(weight, g, *offsets, spec.columns_used, spec.column_group, spec.column_stride))
 
     for index, stage in enumerate(plan.stages):
-        if stage.linear is not None:
+        if stage.linear is not None and stage.geometry is not None:
             tiles = tile_offsets(plan, tape, index)[:, 0]
             for number, block in enumerate(stage.linear.blocks):
-                place(block.weight, stage, block_rows(stage, number), tiles)
+                place(block.weight, stage.linear, stage.geometry, block_rows(stage, number), tiles)
     (head,) = linear_stages(plan, plan.config.num_layers)
-    assert head.linear is not None and head.geometry is not None
+    assert head.linear is not None
     nbytes = tape.nbytes
     if head.linear.blocks[0].weight == plan.embedding:
         where = [(int(tiles[first]) if count else 0, first, count) for first, count in zip(head.first, head.count, strict=True)]
     else:
         # The table has the head's shape, so it is laid like one.
-        place(plan.embedding, head, block_rows(head, 0), nbytes + np.arange(head.tiles) * head.geometry.tile_bytes)
+        table = table_geometry(plan)
+        place(plan.embedding, head.linear, table, block_rows(head, 0), nbytes + np.arange(head.tiles) * table.tile_bytes)
         where = [(nbytes, 0, head.tiles)]
-        nbytes += head.weight_bytes
-    return Layout(tuple(placements), (tape.offset[0] * UNIT).astype(np.uint64), np.array(where, SEGMENT), nbytes)
+        nbytes += head.tiles * table.tile_bytes
+    starts = (tape.offset[0] * tape.unit).astype(np.uint64)
+    return Layout(tuple(placements), starts, np.array(where, SEGMENT), round_up(nbytes, PAGE_BYTES))
 
 
 def tile_ranges(plan: Plan, source: Source) -> np.ndarray:

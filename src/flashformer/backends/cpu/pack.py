@@ -21,11 +21,12 @@ from ... import env
 from ...build import cached_build
 from ...checkpoint import Checkpoint
 from ...errors import BuildError, CheckpointError, DeviceError
+from ...formats import PLAIN, encode
 from ...plan import Plan
 from ...version import __version__
 from .. import Progress
 from ..source import Field, ctypes_fields, struct
-from .codegen import headers
+from .codegen import LINE, headers
 from .compile import compile_source
 from .layout import Layout, Placement
 
@@ -51,6 +52,23 @@ PACK_JOB: tuple[Field, ...] = (
     ("lines", "u32", ctypes.c_uint32, "of a row on the tape"),
 )
 
+# Some rows of a weight in codes, and where they go.
+CODE_JOB: tuple[Field, ...] = (
+    ("codes", "const u8*", ctypes.c_void_p, "[rows][columns]"),
+    ("scales", "const u8*", ctypes.c_void_p, "[rows][scale_count][scale_bytes]"),
+    ("tape", "u8*", ctypes.c_void_p, ""),
+    ("row_offset", "const u64*", ctypes.c_void_p, "[rows] bytes: the first codes of each row"),
+    ("scale_offset", "const u64*", ctypes.c_void_p, "[rows] bytes: its first scale"),
+    ("bits", "u32", ctypes.c_uint32, "of a code: 4 or 8"),
+    ("rows", "u32", ctypes.c_uint32, ""),
+    ("columns", "u32", ctypes.c_uint32, ""),
+    ("column_group", "u32", ctypes.c_uint32, "columns that follow each other on the tape, too"),
+    ("column_stride", "u32", ctypes.c_uint32, "from the first of one group to the first of the next, on the tape"),
+    ("tape_columns", "u32", ctypes.c_uint32, "of a row on the tape"),
+    ("scale_count", "u32", ctypes.c_uint32, "of a row, offsets included"),
+    ("scale_bytes", "u32", ctypes.c_uint32, "of each"),
+)
+
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
@@ -61,6 +79,12 @@ class PackJob(ctypes.Structure):
     _fields_ = ctypes_fields(PACK_JOB)
 
 
+class CodeJob(ctypes.Structure):
+    """`CodeJob` of the generated source."""
+
+    _fields_ = ctypes_fields(CODE_JOB)
+
+
 class Tools:
     """The library of tools.h, and threads to call it from."""
 
@@ -68,9 +92,12 @@ class Tools:
         """Raises BuildError where it cannot be compiled."""
         types = ", ".join(f"kFrom{name.capitalize()} = {number}" for name, number in TYPES.items())
         lines = ['#include "prelude.h"', "", f"constexpr int kTileRows = {plan.target.tile_rows};", "", f"enum Type {{ {types} }};", ""]
-        library = compile_source("\n".join([*lines, *struct("PackJob", PACK_JOB), '#include "tools.h"', ""]), "cpu-tools")
+        lines += [*struct("PackJob", PACK_JOB), *struct("CodeJob", CODE_JOB), '#include "tools.h"', ""]
+        library = compile_source("\n".join(lines), "cpu-tools")
         self._pack = library.flashformer_pack
         self._pack.argtypes, self._pack.restype = [ctypes.POINTER(PackJob)], ctypes.c_uint32
+        self._pack_codes = library.flashformer_pack_codes
+        self._pack_codes.argtypes, self._pack_codes.restype = [ctypes.POINTER(CodeJob)], None
         self._read = library.flashformer_read
         self._read.argtypes, self._read.restype = [ctypes.c_void_p, ctypes.c_uint64], ctypes.c_uint64
         self.threads = min(plan.target.workers, os.cpu_count() or 1)
@@ -78,7 +105,7 @@ class Tools:
     def pack(self, memory: np.ndarray, layout: Layout, dtype: str, checkpoint: Checkpoint, progress: Progress) -> list[str]:
         """Fill zeroed memory, uint8 [layout.nbytes]; returns the names of weights with values that are not finite in `dtype`.
 
-        Raises CheckpointError for a type that cannot be packed.
+        Raises CheckpointError for a type that cannot be packed, and for what its format does not hold.
         """
 
         def pieces() -> Iterator[tuple[Placement, slice]]:
@@ -89,12 +116,14 @@ class Tools:
 
         def work(piece: tuple[Placement, slice]) -> tuple[str, int, int]:
             place, rows = piece
+            if place.geometry.format != PLAIN:
+                return self._encode(memory, place, rows, checkpoint)
             source = np.ascontiguousarray(checkpoint.read(place.weight, rows))
             if source.dtype.name not in TYPES:
                 raise CheckpointError(f"{place.weight} has values of type {source.dtype}; {', '.join(TYPES)} are supported")
             job = PackJob(
                 source.ctypes.data, memory.ctypes.data, place.row_offset[rows].ctypes.data, TYPES[source.dtype.name], TYPES[dtype],
-                len(source), place.columns, place.column_group, place.column_stride, place.lines,
+                len(source), place.columns, place.column_group, place.column_stride, place.geometry.columns // LINE,
             )  # fmt: skip
             return place.weight, len(source) * place.columns, int(self._pack(job))
 
@@ -107,6 +136,20 @@ class Tools:
             if found:
                 strange[weight] = None
         return list(strange)
+
+    def _encode(self, memory: np.ndarray, place: Placement, rows: slice, checkpoint: Checkpoint) -> tuple[str, int, int]:
+        """Pack some rows of a matrix as codes: its name, how many values, and whether any is not finite."""
+        form, format = checkpoint.form(place.weight, rows), place.geometry.format
+        assert form is not None
+        encoded = encode(form, format, place.weight)
+        codes, scales = np.ascontiguousarray(encoded.codes), np.ascontiguousarray(encoded.scales)
+        job = CodeJob(
+            codes.ctypes.data, scales.ctypes.data, memory.ctypes.data, place.row_offset[rows].ctypes.data,
+            place.scale_offset[rows].ctypes.data, format.bits, len(codes), place.columns, place.column_group, place.column_stride,
+            place.geometry.columns, scales.shape[1] * scales.shape[2], scales.itemsize,
+        )  # fmt: skip
+        self._pack_codes(job)
+        return place.weight, len(codes) * place.columns, int(not encoded.finite)
 
     def checksum(self, memory: np.ndarray) -> str:
         """A checksum of memory whose size is a multiple of 512 bytes; reads all of it."""
@@ -171,7 +214,7 @@ def packed_weights(plan: Plan, layout: Layout, checkpoint: Checkpoint, tools: To
     key = {
         "version": __version__,
         "files": "\n".join(identities(checkpoint.path)),
-        "plan": repr((plan.config, plan.target, plan.stages)),
+        "plan": repr((plan.config, plan.target, plan.stages, plan.embedding_format)),
         **headers(),
     }
     try:

@@ -59,6 +59,32 @@ FF_ENTRY u32 flashformer_pack(const PackJob* job) {
   return job->type == kFromFloat16 ? pack_from<Float16>(*job) : pack_from<Bfloat16>(*job);
 }
 
+// The codes of a row, `columns` of them -> their places (formats.h).
+inline void write_codes(u8* to, const u8* row, u32 columns, u32 bits) {
+  constexpr u32 kPlane = 4, kFragment = 32;  // columns
+  for (u32 c = 0; bits == 8 && c < columns; c += kPlane) std::memcpy(to + u64(c) * kTileRows, row + c, kPlane);
+  for (u32 c = 0; bits == 4 && c < columns; c += kFragment)
+    for (u32 i = 0; i < kPlane; i++) {
+      u32 word = 0;
+      for (u32 k = 0; k < kFragment / kPlane; k++) word |= u32(row[c + k * kPlane + i]) << (4 * k);
+      std::memcpy(to + u64(c) / 2 * kTileRows + i * sizeof word, &word, sizeof word);
+    }
+}
+
+// Puts codes and scales of some rows of a weight into their places.
+FF_ENTRY void flashformer_pack_codes(const CodeJob* job) {
+  const CodeJob& j = *job;
+  std::vector<u8> row(j.tape_columns);  // between its groups of columns and after them it stays zero
+  for (u32 r = 0; r < j.rows; r++) {
+    const u8* from = j.codes + u64(r) * j.columns;
+    for (u32 c = 0, at = 0; c < j.columns; c += j.column_group, at += j.column_stride) std::memcpy(row.data() + at, from + c, j.column_group);
+    write_codes(j.tape + j.row_offset[r], row.data(), j.tape_columns, j.bits);
+    const u8* scale = j.scales + u64(r) * j.scale_count * j.scale_bytes;
+    u8* to = j.tape + j.scale_offset[r];
+    for (u32 i = 0; i < j.scale_count; i++, scale += j.scale_bytes, to += kTileRows * j.scale_bytes) std::memcpy(to, scale, j.scale_bytes);
+  }
+}
+
 // A plain read: a checksum of `words` (a multiple of 64) 64-bit words to which each one's value and place contribute.
 FF_ENTRY u64 flashformer_read(const u64* from, u64 words) {
   typedef u64 Words __attribute__((vector_size(64)));

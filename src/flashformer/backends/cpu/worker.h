@@ -86,19 +86,18 @@ class Worker {
   float* scratch() const { return s_.scratch + u64(index) * M::kScratch; }
   const Candidate& candidate(u32 worker) const { return s_.candidates[worker]; }
 
-  // The next tile of the tape, `lines` lines for each of its rows; the tape is read straight ahead.
-  const u16* next_tile(int lines) {
+  // The next tile of the tape, which is read straight ahead.
+  const u8* next_tile(u64 bytes) {
     const u8* tile = tape_;
-    tape_ += u64(lines) * kTileRows * kLineBytes;
-    return reinterpret_cast<const u16*>(tile);
+    tape_ += bytes;
+    return tile;
   }
 
-  // First line of a token's row of the embedding table; its next lines follow at the distance of kTileRows lines.
-  const u16* embedding_row(u32 row) const {
+  // The tile of the embedding table that has a token's row.
+  const u8* embedding_tile(u32 row) const {
     const Segment* segment = s_.params.embedding;
     while (row / kTileRows >= segment->first + segment->count) segment++;
-    const u64 tile = u64(row / kTileRows - segment->first) * M::kEmbeddingLines * kTileRows * kLineBytes;
-    return reinterpret_cast<const u16*>(s_.params.tape + segment->offset + tile) + row % kTileRows * kLine;
+    return s_.params.tape + segment->offset + u64(row / kTileRows - segment->first) * M::Table::tile_bytes(M::kTableColumns);
   }
 
   u16* kv_block(u32 layer, u32 head, u32 block) const {
