@@ -34,6 +34,7 @@ from flashformer.backends import Progress
 from flashformer.backends.cuda.driver import Context, probe
 from flashformer.config import ModelConfig
 from flashformer.errors import DeviceError, FlashFormerError, InputError
+from flashformer.export import config_mapping
 from flashformer.models import build_graph
 from flashformer.progress import bars
 from flashformer.records import commit, driver_version, results_file
@@ -74,31 +75,6 @@ class LoadRecord:
 # --- The checkpoint --------------------------------------------------------------------------------------------------------
 
 
-def config_json(config: ModelConfig) -> dict[str, object]:
-    """The content of the config.json of a named shape."""
-    content: dict[str, object] = {
-        "architectures": [config.architecture],
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_size,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied_embeddings,
-        "torch_dtype": config.dtype,
-    }
-    if config.rope_scaling is not None:
-        scaling = asdict(config.rope_scaling)
-        scaling["rope_type"] = scaling.pop("kind")
-        scaling["original_max_position_embeddings"] = scaling.pop("original_max_positions")
-        content["rope_scaling"] = scaling
-    return content
-
-
 def write_checkpoint(config: ModelConfig, folder: Path, progress: Progress, shard_bytes: int = SHARD_BYTES) -> int:
     """A Hugging Face folder of random bfloat16 values below 2, in shards, by all cores; returns the bytes of all tensors.
 
@@ -116,7 +92,7 @@ def write_checkpoint(config: ModelConfig, folder: Path, progress: Progress, shar
             shards.append([])
         shards[-1].append(name)
     files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-    (folder / "config.json").write_text(json.dumps(config_json(config), indent=1))
+    (folder / "config.json").write_text(json.dumps(config_mapping(config), indent=1))
     index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, names in files.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     done = 0

@@ -7,6 +7,7 @@ module, `CASE.PART`, and `CASE.expected`, the values that the library itself giv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,3 +30,14 @@ def load(library: str) -> dict[str, Parts]:
 def stored(parts: Parts) -> Parts:
     """What a checkpoint would hold of a case."""
     return {part: tensor for part, tensor in parts.items() if not part.startswith("expected")}
+
+
+def element(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    """A change to a tensor: its last element becomes `value`."""
+
+    def change(tensor: np.ndarray) -> np.ndarray:
+        changed = tensor.copy()
+        changed.reshape(-1)[-1] = value
+        return changed
+
+    return change

@@ -21,12 +21,11 @@ from flashformer.backends.cpu import load as load_runner
 from flashformer.check import check_runner, compare, sample_tokens
 from flashformer.checkpoint import open_checkpoint
 from flashformer.errors import BuildError, DeviceError
-from flashformer.models import build_graph
-from flashformer.plan import Plan, make_plan
+from flashformer.plan import Plan
 from flashformer.reference import Reference
 from flashformer.targets import get
-from flashformer.validate import validate
 from model_files import make_config, write_folder
+from running import run_checkpoint
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -55,15 +54,8 @@ def make(path: Path, dtype: str = "bfloat16", **changes: Any) -> Path:
 @contextmanager
 def running(folder: Path, workers: int = 2, max_context: int = 256) -> Iterator[tuple[CpuRunner, Reference]]:
     """A folder's model on the CPU, and its reference."""
-    with open_checkpoint(folder) as checkpoint:
-        graph = build_graph(checkpoint.config)
-        plan = make_plan(checkpoint.config, graph, get("cpu"), max_context, workers)
-        validate(plan)
-        runner = load_runner(plan, checkpoint)
-        try:
-            yield runner, Reference(graph, checkpoint)
-        finally:
-            runner.close()
+    with open_checkpoint(folder) as checkpoint, run_checkpoint(checkpoint, load_runner, get("cpu"), max_context, workers) as made:
+        yield made
 
 
 def assert_right(runner: CpuRunner, reference: Reference, positions: int = 100) -> None:

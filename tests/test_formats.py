@@ -29,6 +29,7 @@ from flashformer.targets import get
 from flashformer.validate import validate
 from model_files import make_config, write_folder, write_gguf
 from quant_models import FORMS, QuantizedCheckpoint, affine, scaled
+from running import run_checkpoint
 
 Quantise = Callable[[np.ndarray], Form]
 
@@ -252,14 +253,9 @@ def running(
     write_folder(folder, make_config(**sizes))
     with open_checkpoint(folder) as plain:
         checkpoint = QuantizedCheckpoint(plain, forms_of(plain, quantise, others or {}))
-        graph = build_graph(plain.config)
-        plan = make_plan(plain.config, graph, get("cpu"), 256, workers, choose(checkpoint, graph.weights()))
-        validate(plan)
-        runner = load_runner(plan, checkpoint)
-        try:
-            yield runner, Reference(graph, checkpoint)
-        finally:
-            runner.close()
+        formats = choose(checkpoint, build_graph(plain.config).weights())
+        with run_checkpoint(checkpoint, load_runner, get("cpu"), 256, workers, formats) as made:
+            yield made
 
 
 def assert_right(runner: CpuRunner, reference: Reference, positions: int = 60) -> None:

@@ -20,11 +20,10 @@ from flashformer.check import Comparison, check_runner, compare, sample_tokens
 from flashformer.checkpoint import open_checkpoint
 from flashformer.errors import DeviceError
 from flashformer.models import build_graph
-from flashformer.plan import make_plan
 from flashformer.reference import Reference
 from flashformer.targets import Target, get
-from flashformer.validate import validate
 from model_files import make_config, write_folder
+from running import run_checkpoint
 from test_perplexity import TEXT, TOLERANCE, perplexity
 
 pytestmark = pytest.mark.gpu
@@ -73,15 +72,11 @@ def running(folder: Path, max_context: int = 256, target: Target | None = None) 
     """The kernel of a folder's model on this GPU, and its reference."""
     info = probe()
     assert info is not None and info.target is not None
-    with open_checkpoint(folder) as checkpoint:
-        graph = build_graph(checkpoint.config)
-        plan = make_plan(checkpoint.config, graph, target or info.target, max_context, workers=info.workers)
-        validate(plan)
-        runner = load_runner(plan, checkpoint)
-        try:
-            yield runner, Reference(graph, checkpoint)
-        finally:
-            runner.close()
+    with (
+        open_checkpoint(folder) as checkpoint,
+        run_checkpoint(checkpoint, load_runner, target or info.target, max_context, info.workers) as made,
+    ):
+        yield made
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -23,6 +23,7 @@ from flashformer.backends.cuda.pack import SLOTS, TYPES, Packer, gather_vectors
 from flashformer.checkpoint import check_tensors, open_checkpoint
 from flashformer.config import parse_config, read_config
 from flashformer.errors import CheckpointError, DeviceError, InputError
+from flashformer.export import config_mapping
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
 from flashformer.shapes import SHAPES, shape
@@ -254,7 +255,7 @@ def test_errors_end_all_reading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_configuration_of_a_shape_is_read_back(tmp_path: Path, name: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(script("load").config_json(shape(name))))
+    (tmp_path / "config.json").write_text(json.dumps(config_mapping(shape(name))))
     assert read_config(tmp_path) == shape(name)
 
 

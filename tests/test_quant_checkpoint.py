@@ -24,6 +24,7 @@ from flashformer.models import build_graph
 from flashformer.quant import read_quantization
 from flashformer.reference import Reference
 from fuzzing import bounded_memory, mutations, survey
+from quant_files import element
 from quant_folders import CASES, Model, Writer, awq, compressed, packed_integers, quantized_model
 
 each_case = pytest.mark.parametrize("case", CASES)
@@ -191,15 +192,6 @@ def test_many_threads_read_the_same(tmp_path: Path) -> None:
 # --- refused ---------------------------------------------------------------------------------------------------------------
 
 Change = Callable[[np.ndarray], np.ndarray | None]
-
-
-def element(value: float) -> Change:
-    def change(tensor: np.ndarray) -> np.ndarray:
-        changed = tensor.copy()
-        changed.reshape(-1)[-1] = value
-        return changed
-
-    return change
 
 
 def missing(_: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from flashformer.errors import CheckpointError
 from flashformer.quant import decode, methods
 from flashformer.quant.forms import Affine, Form, Scaled, Table
 from flashformer.quant.scheme import Scheme
-from quant_files import Parts, load, stored
+from quant_files import Parts, element, load, stored
 
 AWQ = Scheme("gemm", 4, "group", 16, symmetric=False)
 BLOCK = Scheme("float", 8, "block", block=(8, 16), floating=True)
@@ -143,15 +143,6 @@ def test_mx_scales_at_the_ends_of_their_range() -> None:
 # --- Refusals: (file, case, part, what to do to it, what the message says) -------------------------------------------------
 
 Change = Callable[[np.ndarray], Any]
-
-
-def element(value: float) -> Change:
-    def change(tensor: np.ndarray) -> np.ndarray:
-        changed = tensor.copy()
-        changed.reshape(-1)[-1] = value
-        return changed
-
-    return change
 
 
 def state(old: bytes, new: bytes) -> Change:

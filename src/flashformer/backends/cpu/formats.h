@@ -90,8 +90,17 @@ inline Vec each_column(Quad rows, int v) {
 
 // --- scales: of each type, those of four rows, and one --------------------------------------------------------------------
 
-struct HalfScale {
+template <class V>
+struct Scale16 {
   static constexpr int kBytes = 2;
+  static inline float one(const u8* from) {
+    u16 value;
+    std::memcpy(&value, from, sizeof value);
+    return V::widen(value);
+  }
+};
+
+struct HalfScale : Scale16<Float16> {
   static inline Quad rows(const u8* from) {
 #if defined(__F16C__)
     return bits_as<Quad>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
@@ -99,24 +108,13 @@ struct HalfScale {
     return Quad{one(from), one(from + 2), one(from + 4), one(from + 6)};
 #endif
   }
-  static inline float one(const u8* from) {
-    u16 value;
-    std::memcpy(&value, from, sizeof value);
-    return Float16::widen(value);
-  }
 };
 
-struct BfloatScale {
-  static constexpr int kBytes = 2;
+struct BfloatScale : Scale16<Bfloat16> {
   static inline Quad rows(const u8* from) {
     u16 __attribute__((vector_size(8))) values;
     std::memcpy(&values, from, sizeof values);
     return bits_as<Quad>(__builtin_convertvector(values, QuadBits) << 16);
-  }
-  static inline float one(const u8* from) {
-    u16 value;
-    std::memcpy(&value, from, sizeof value);
-    return Bfloat16::widen(value);
   }
 };
 

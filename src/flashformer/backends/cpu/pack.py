@@ -38,6 +38,14 @@ READ_SECONDS = 1.0  # for measuring
 WEIGHTS, FACTS = "weights", "weights.json"  # files of a cache entry
 TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
 
+# How much of a weight a job packs, and how its columns lie on the tape.
+EXTENT: tuple[Field, ...] = (
+    ("rows", "u32", ctypes.c_uint32, ""),
+    ("columns", "u32", ctypes.c_uint32, ""),
+    ("column_group", "u32", ctypes.c_uint32, "columns that follow each other on the tape, too"),
+    ("column_stride", "u32", ctypes.c_uint32, "from the first of one group to the first of the next, on the tape"),
+)
+
 # Some rows of a weight, and where they go.
 PACK_JOB: tuple[Field, ...] = (
     ("source", "const u8*", ctypes.c_void_p, "[rows][columns]"),
@@ -45,10 +53,7 @@ PACK_JOB: tuple[Field, ...] = (
     ("row_offset", "const u64*", ctypes.c_void_p, "[rows] bytes: the first line of each row"),
     ("source_type", "u32", ctypes.c_uint32, "a Type"),
     ("type", "u32", ctypes.c_uint32, "of the tape"),
-    ("rows", "u32", ctypes.c_uint32, ""),
-    ("columns", "u32", ctypes.c_uint32, ""),
-    ("column_group", "u32", ctypes.c_uint32, "columns that follow each other on the tape, too"),
-    ("column_stride", "u32", ctypes.c_uint32, "from the first of one group to the first of the next, on the tape"),
+    *EXTENT,
     ("lines", "u32", ctypes.c_uint32, "of a row on the tape"),
 )
 
@@ -60,10 +65,7 @@ CODE_JOB: tuple[Field, ...] = (
     ("row_offset", "const u64*", ctypes.c_void_p, "[rows] bytes: the first codes of each row"),
     ("scale_offset", "const u64*", ctypes.c_void_p, "[rows] bytes: its first scale"),
     ("bits", "u32", ctypes.c_uint32, "of a code: 4 or 8"),
-    ("rows", "u32", ctypes.c_uint32, ""),
-    ("columns", "u32", ctypes.c_uint32, ""),
-    ("column_group", "u32", ctypes.c_uint32, "columns that follow each other on the tape, too"),
-    ("column_stride", "u32", ctypes.c_uint32, "from the first of one group to the first of the next, on the tape"),
+    *EXTENT,
     ("tape_columns", "u32", ctypes.c_uint32, "of a row on the tape"),
     ("scale_count", "u32", ctypes.c_uint32, "of a row, offsets included"),
     ("scale_bytes", "u32", ctypes.c_uint32, "of each"),

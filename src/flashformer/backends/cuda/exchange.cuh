@@ -68,7 +68,7 @@ struct Wait {
 // NOTE: this decides when, never what: a result does not depend on it.
 template <class M>
 struct Looks {
-  static constexpr u32 kStep = 64;  // cycles, sooner or later. NOTE: equal steps: readers who come late delay all, who then learn to come later
+  static constexpr u32 kStep = 64;  // cycles, sooner or later. NOTE: equal, or late readers would delay all, who then come later
   static constexpr u32 kLatest = 40000;
   Wait wait;
   u32 delay;

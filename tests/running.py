@@ -1,0 +1,34 @@
+"""A model of a checkpoint, planned, validated and run on some backend, with its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+from flashformer.backends import Runner
+from flashformer.checkpoint import Checkpoint
+from flashformer.formats import Format
+from flashformer.models import build_graph
+from flashformer.plan import Plan, make_plan
+from flashformer.reference import Reference
+from flashformer.targets import Target
+from flashformer.validate import validate
+
+R = TypeVar("R", bound=Runner)
+
+
+@contextmanager
+def run_checkpoint(
+    checkpoint: Checkpoint, load: Callable[[Plan, Checkpoint], R], target: Target, max_context: int, workers: int,
+    formats: Mapping[str, Format] | None = None,
+) -> Iterator[tuple[R, Reference]]:  # fmt: skip
+    """The runner that `load` makes of a plan for `target`, closed at the end, and the reference."""
+    graph = build_graph(checkpoint.config)
+    plan = make_plan(checkpoint.config, graph, target, max_context, workers, formats)
+    validate(plan)
+    runner = load(plan, checkpoint)
+    try:
+        yield runner, Reference(graph, checkpoint)
+    finally:
+        runner.close()
