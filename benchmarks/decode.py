@@ -6,6 +6,7 @@ usage: python benchmarks/decode.py [--models llama-3.2-1b,llama-3.1-8b] [--conte
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=MODELS, help="named shapes, or checkpoints (default: %(default)s)")
     parser.add_argument("--contexts", default=CONTEXTS, help="those that a model does not have are passed over (default: %(default)s)")
+    parser.add_argument("--weights", default="bf16", help="formats of random weights, with commas between them (default: %(default)s)")
+    parser.add_argument("--plain-head", action="store_true", help="leave the head in 16 bits")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--baselines", default="all", help="names, 'all' that are installed (default), or 'none'")
@@ -40,8 +43,8 @@ def main() -> None:
     try:
         chosen = choose_baselines(options.baselines.split(",") if options.baselines != "none" else [])
         wanted = [int(c) for c in options.contexts.split(",")]
-        for name in options.models.split(","):
-            with open_subject(name) as subject:
+        for name, weights in itertools.product(options.models.split(","), options.weights.split(",")):
+            with open_subject(name, weights, options.plain_head) as subject:
                 contexts = [c for c in wanted if c <= subject.config.max_positions]
                 with Bench(subject, contexts, options.tokens, not options.no_check) as bench:
                     records: list[Record] = [bench.measure(context, options.repeats) for context in bench.contexts]

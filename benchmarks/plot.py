@@ -93,7 +93,7 @@ def by_context(records: Sequence[Record], path: Path) -> None:
 
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
     """Both pictures, for the GPU and format with the most records."""
-    records = [r for path in sorted(results.glob("decode-*.json")) for r in load_records(path)]
+    records = [r for path in sorted(results.glob("decode-*.json")) for r in load_records(path, Record)]
     if not records:
         print("there are no records yet; run benchmarks/decode.py on a GPU")
         return

@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+from flashformer import SamplingParams
 from flashformer.bench import plan_for_gpu
 from flashformer.records import commit, driver_version, results_file
 from flashformer.shapes import shape
@@ -25,7 +26,10 @@ SECONDS = 120  # for one tool
 
 
 def run_model() -> None:
-    """What is watched: packing, 24 prompt tokens with logits and 40 generated tokens of a model of two layers, over several KV blocks."""
+    """What is watched: packing, 24 prompt tokens with logits and 40 generated tokens of a model of two layers, over several KV blocks.
+
+    Then 20 tokens that use all there is of sampling.
+    """
     from flashformer.backends.cuda import RandomWeights, load
 
     config = replace(shape("qwen3-0.6b"), num_layers=2, vocab_size=4099, ffn_size=680, max_positions=128, tied_embeddings=False)
@@ -33,6 +37,11 @@ def run_model() -> None:
     try:
         runner.logits(list(range(24)), 0)
         print("tokens", list(runner.generate([1, 2, 3], 24, 40, ())))
+        every = SamplingParams(
+            temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1,
+            logit_bias={5: 1.0}, logprobs=20,
+        )  # fmt: skip
+        print("sampled", list(runner.generate([1, 2, 3], 64, 20, (), every.lower(config.vocab_size, [1, 2, 3]))))
     finally:
         runner.close()
 

@@ -1,17 +1,23 @@
-"""Write the tables of benchmarks/results into the README, between its markers. With --check: fail if they would change."""
+"""Write benchmarks/results as tables into README.md and docs/performance.md, between markers. With --check: fail if they would change."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-from flashformer.records import Record, load_records
+from ablation import Ablation
+from cliffs import MOST_STEP, Cliff
+from losses import Losses
+
+from flashformer.records import Kept, Record, load_records
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- table: begin (written by benchmarks/table.py) -->\n", "<!-- table: end -->"
 COMPARED_AT = 1024  # context of the table that sets ours beside others
 
 
@@ -56,16 +62,98 @@ def _section(gpu: str, weights: str, records: list[Record]) -> Iterator[str]:
     yield ""
 
 
+def sections(lines: Callable[[list[Any]], Iterator[str]], records: Sequence[Any]) -> str:
+    """What `lines` makes of the records of each GPU and context; records keep the order of their file."""
+
+    def place(record: Any) -> tuple[str, int]:
+        return record.gpu, record.context
+
+    return "".join(line + "\n" for _, group in groupby(sorted(records, key=place), key=place) for line in lines([*group]))
+
+
+def _where(records: Sequence[Any]) -> str:
+    """GPU, context, dates and commits of a section."""
+    dates = dict.fromkeys((min(r.date for r in records), max(r.date for r in records)))
+    commits = dict.fromkeys(r.commit for r in records)
+    return f"{records[0].gpu}, {records[0].context:,} positions, {' to '.join(dates)}, commit {', '.join(commits)}:"
+
+
+def ablation_lines(records: list[Ablation]) -> Iterator[str]:
+    """What switching a technique off costs on each model."""
+    base = {m: median(r.base_ms for r in records if r.model == m) for m in dict.fromkeys(r.model for r in records)}
+    models = sorted(base, key=lambda m: base[m])
+    known = {(r.technique, r.instead, r.model): r for r in records}
+    yield f"{_where(records)} time of a token with one technique switched off,"
+    yield f"against the whole kernel; medians of {records[0].repeats} pairs of launches of {records[0].tokens_timed} tokens."
+    yield ""
+    yield f"| technique | in its place | {' | '.join(models)} |"
+    yield "|---" * (len(models) + 2) + "|"
+    yield f"| the whole kernel | | {' | '.join(f'{base[m]:.4f} ms' for m in models)} |"
+    for technique, instead in dict.fromkeys((r.technique, r.instead) for r in records):
+        cells = [f"{r.ratio - 1:+.1%}" if (r := known.get((technique, instead, m))) else "" for m in models]
+        yield f"| {technique} | {instead} | {' | '.join(cells)} |"
+    yield ""
+
+
+def losses_lines(records: list[Losses]) -> Iterator[str]:
+    """Where the time goes that is not the bytes'."""
+    records = sorted(records, key=lambda r: r.floor)
+    columns = [
+        {"the bytes": r.floor, **r.stages, "between stages": r.other, "choice of the token": r.choice, "a token": r.token}
+        for r in records
+    ]  # fmt: skip
+    yield f"{_where(records)} microseconds of a token beyond its bytes at the read ceiling, by stage."
+    yield ""
+    yield f"| | {' | '.join(r.model for r in records)} |"
+    yield "|---" * (len(records) + 1) + "|"
+    for name in dict.fromkeys(name for column in columns for name in column):
+        yield f"| {name} | {' | '.join(f'{column[name]:,.1f}' if name in column else '' for column in columns)} |"
+    yield ""
+
+
+def cliffs_lines(records: list[Cliff]) -> Iterator[str]:
+    """How near to the read ceiling models are that differ in one number."""
+    worst = max(records, key=lambda r: r.largest_step)
+    yield f"{_where(records)} share of the read ceiling of models that differ in one number alone."
+    yield f"The largest step between neighbours is {worst.largest_step:.1%} ({worst.axis} {worst.value:,}); we allow {MOST_STEP:.0%}."
+    yield ""
+    yield "| number | values | share of the read ceiling | largest step |"
+    yield "|---" * 4 + "|"
+    for (axis, _), group in groupby(records, key=lambda r: (r.axis, r.group)):
+        beside = [*group]
+        values, shares = " / ".join(f"{r.value:,}" for r in beside), " / ".join(f"{r.fraction_of_ceiling:.1%}" for r in beside)
+        yield f"| {axis} | {values} | {shares} | {max(r.largest_step for r in beside):.1%} |"
+    yield ""
+
+
+# Where each table is: the document, the name in its markers, the files of records, their type, and the text.
+TABLES: tuple[tuple[Path, str, type[Kept], Callable[[Any], str]], ...] = (
+    (Path("README.md"), "decode", Record, tables),
+    (Path("docs/performance.md"), "ablation", Ablation, partial(sections, ablation_lines)),
+    (Path("docs/performance.md"), "losses", Losses, partial(sections, losses_lines)),
+    (Path("docs/performance.md"), "cliffs", Cliff, partial(sections, cliffs_lines)),
+)
+
+
+def filled(text: str, name: str, content: str) -> str:
+    """A document with `content` between the markers of one table, or a word that nobody has measured it yet."""
+    begin, end = f"<!-- {name}: begin (written by benchmarks/table.py) -->\n", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    return before + begin + (content or f"Not measured yet: run `python benchmarks/{name}.py` on a GPU.\n") + end + rest.split(end)[1]
+
+
 def main() -> None:
     """Replace what is between the markers."""
-    records = [r for path in sorted(RESULTS.glob("decode-*.json")) for r in load_records(path)]
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    fresh = before + BEGIN + tables(records) + END + rest.split(END)[1]
+    fresh: dict[Path, str] = {}
+    for document, name, kind, text in TABLES:
+        records = [r for path in sorted(RESULTS.glob(f"{name}-*.json")) for r in load_records(path, kind)]
+        fresh[document] = filled(fresh.get(document) or (ROOT / document).read_text(), name, text(records))
+    stale = [document for document, text in fresh.items() if (ROOT / document).read_text() != text]
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if fresh == text else "the tables in README.md are not those of benchmarks/results; run python benchmarks/table.py")
-    readme.write_text(fresh)
+        where = " and ".join(map(str, stale))
+        sys.exit(f"the tables in {where} are not those of benchmarks/results; run python benchmarks/table.py" if stale else 0)
+    for document in stale:
+        (ROOT / document).write_text(fresh[document])
 
 
 if __name__ == "__main__":

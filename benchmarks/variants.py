@@ -9,6 +9,7 @@ VARIANTS.json: {name: {"patch": [[header, old text, new text], ...], "target": {
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -22,6 +23,7 @@ from flashformer.backends.cuda.codegen import generate, include_paths
 from flashformer.backends.cuda.compile import Kernel, run_nvrtc
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import FlashFormerError
+from flashformer.formats import NAMED
 from flashformer.plan import Plan
 from flashformer.shapes import shape
 
@@ -30,7 +32,8 @@ def build(plan: Plan, patches: list[list[str]]) -> Kernel:
     """The kernel of a plan from patched copies of the headers. Raises ValueError where a text to be replaced is not there."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        headers = {path.name: path.read_text() for source in include_paths() for path in source.glob("*.cuh")}
+        paths = (path for source in include_paths() for path in source.iterdir() if path.suffix in (".cuh", ".hpp"))
+        headers = {path.name: path.read_text() for path in paths}
         for header, old, new in patches:
             if old not in headers.get(header, ""):
                 raise ValueError(f"{header} does not hold {old!r}")
@@ -48,19 +51,20 @@ def changed(plan: Plan, variant: dict[str, Any]) -> Plan:
     return replace(plan, target=replace(plan.target, **fields))
 
 
-def measure(model: str, variants: dict[str, Any], context: int, tokens: int, repeats: int) -> None:
+def measure(model: str, variants: dict[str, Any], context: int, tokens: int, repeats: int, weights: str = "bf16") -> None:
     """Print one line a variant: time, share of the read ceiling, what a layer loses, registers, and whether the tokens are the same."""
     from flashformer.backends.cuda import RandomWeights, load
 
     config = shape(model)
-    plan = plan_for_gpu(config, context + tokens)
+    drawn = RandomWeights(config, format=NAMED[weights])
+    plan = plan_for_gpu(config, context + tokens, drawn.formats)
     with ProcessPoolExecutor() as pool:
         building = {name: pool.submit(build, changed(plan, v), v.get("patch", [])) for name, v in variants.items()}
-        runner = load(plan, RandomWeights(config))
+        runner = load(plan, drawn)
         runner.fill_kv()
         ceiling = runner.read_bandwidth()
         floor = plan.token_bytes(context + tokens // 2) / ceiling / 1e6
-        print(f"{model} at {context}: {runner.info.name}, read ceiling {ceiling:.0f} GB/s, floor {floor:.4f} ms")
+        print(f"{model} in {weights} at {context}: {runner.info.name}, read ceiling {ceiling:.0f} GB/s, floor {floor:.4f} ms")
         expected: list[int] = []
         for name, variant in variants.items():
             kernel = building[name].result()
@@ -85,14 +89,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", type=Path)
     parser.add_argument("--models", default="qwen3-0.6b,llama-3.2-1b,llama-3.2-3b,llama-3.1-8b")
+    parser.add_argument("--weights", default="bf16", help="formats of random weights, with commas between them (default: %(default)s)")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     try:
         variants = {"base": {}, **json.loads(options.variants.read_text())}
-        for model in options.models.split(","):
-            measure(model, variants, options.context, options.tokens, options.repeats)
+        for model, weights in itertools.product(options.models.split(","), options.weights.split(",")):
+            measure(model, variants, options.context, options.tokens, options.repeats, weights)
     except (FlashFormerError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -10,7 +10,7 @@ from flashformer.backends import Runner
 from flashformer.checkpoint import Checkpoint
 from flashformer.formats import Format
 from flashformer.models import build_graph
-from flashformer.plan import Plan, make_plan
+from flashformer.plan import KvType, Plan, make_plan
 from flashformer.reference import Reference
 from flashformer.targets import Target
 from flashformer.validate import validate
@@ -21,14 +21,14 @@ R = TypeVar("R", bound=Runner)
 @contextmanager
 def run_checkpoint(
     checkpoint: Checkpoint, load: Callable[[Plan, Checkpoint], R], target: Target, max_context: int, workers: int,
-    formats: Mapping[str, Format] | None = None,
+    formats: Mapping[str, Format] | None = None, kv_type: KvType = "native",
 ) -> Iterator[tuple[R, Reference]]:  # fmt: skip
     """The runner that `load` makes of a plan for `target`, closed at the end, and the reference."""
     graph = build_graph(checkpoint.config)
-    plan = make_plan(checkpoint.config, graph, target, max_context, workers, formats)
+    plan = make_plan(checkpoint.config, graph, target, max_context, workers, formats, kv_type)
     validate(plan)
     runner = load(plan, checkpoint)
     try:
-        yield runner, Reference(graph, checkpoint)
+        yield runner, Reference(graph, checkpoint, kv_type=kv_type)
     finally:
         runner.close()

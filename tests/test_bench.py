@@ -48,8 +48,9 @@ def test_the_host_draws_what_the_device_draws(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler")
     text = (HEADERS / "tools.cuh").read_text()
-    body = re.search(r"auto draw = \[&\]\(u64 n\) \{\n(.*?)\n  \};", text, re.S)
-    assert body is not None
+    bits = re.search(r"FF_DEVICE (u32 random_bits\(u64 n, u32 seed\) \{\n.*?\n\})", text, re.S)
+    body = re.search(r"auto draw = \[&\]\(u64 n\) \{ (.*?) \};", text)
+    assert bits is not None and body is not None
     counters = [*range(64), 2**24 + 3, 2**31 - 1, 2**32 - 1, 2**32, 2**32 + 7, 5 * 2**33 + 11]
     source = f"""
         #include <cstdint>
@@ -57,6 +58,7 @@ def test_the_host_draws_what_the_device_draws(tmp_path: Path) -> None:
         #include <cstring>
         #include <initializer_list>
         using u32 = uint32_t; using u64 = uint64_t;
+        {bits[1]}
         float draw(u64 n, u32 seed, float scale) {{ {body[1]} }}
         int main() {{
           for (u64 n : {{{", ".join(f"{c}ull" for c in counters)}}})
@@ -134,7 +136,7 @@ class FakeRunner:
         self.desk, self.plan, self.closed, self.filled, self.launches = desk, plan, False, False, 0
         self.info = DeviceInfo(0, "NVIDIA Test 9000", (9, 0), 132, 232448, 10**11, get("sm_90"))
         self.source = generate(plan)
-        self.reference = Reference(build_graph(plan.config), weights)
+        self.reference = Reference(build_graph(plan.config), weights, kv_type=plan.kv.type)
 
     def generate(self, tokens: Sequence[int], start: int, count: int, stop: Sequence[int]) -> Iterator[int]:
         assert start + len(tokens) - 1 + count <= self.plan.max_context
@@ -205,6 +207,15 @@ def test_large_models_are_checked_as_their_first_layers(desk: Desk, monkeypatch:
     assert cut.plan.config.num_layers == 2 and whole.plan.config.num_layers == 3 and cut.closed and whole.closed
 
 
+def test_a_cache_of_8_bits_is_read_and_named(desk: Desk) -> None:
+    with open_subject("small") as subject, Bench(subject, [500], tokens=16, kv="fp8") as ready:
+        record = ready.measure(500, repeats=1)
+    plan = make_plan(SMALL, build_graph(SMALL), get("sm_90"))
+    kv = SMALL.num_layers * plan.kv.bytes_read(508)
+    assert record.bytes_per_token == plan.token_bytes(508) - kv + kv * (SMALL.head_dim + 2) // (2 * SMALL.head_dim)
+    assert record.weights == "bf16, KV cache in fp8" and record.checked is not None
+
+
 def test_how_many_layers_the_reference_can_afford() -> None:
     checked = {name: layers_to_check(config) for name, config in SHAPES.items()}
     assert checked["llama-3.2-1b"] == 16 and checked["qwen3-0.6b"] == 28
@@ -267,7 +278,7 @@ def test_new_records_take_the_place_of_old_ones(tmp_path: Path) -> None:
     assert path.name == "decode-nvidia-h200-141-gb.json"
     save([record(128), record(1024)], path)
     save([record(1024, ms=1.5), record(1024, model="other")], path)
-    found = load_records(path)
+    found = load_records(path, Record)
     assert [(r.model, r.context, r.ms) for r in found] == [("llama-3.2-1b", 128, 2.0), ("llama-3.2-1b", 1024, 1.5), ("other", 1024, 2.0)]
     assert found[0] == record(128)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half written beside it
@@ -420,7 +431,7 @@ def test_the_command(desk: Desk, tmp_path: Path) -> None:
     assert "note: context 640 is measured at 608: the last 32 of 640 positions" in output
     for text in ("ms/token", "of ceiling", "4,000 GB/s", "3 layers checked at 32 positions", "loss/token", "attention_output"):
         assert text in output
-    assert [r.context for r in load_records(records)] == [0, 128, 608]
+    assert [r.context for r in load_records(records, Record)] == [0, 128, 608]
     assert json.loads(trace.read_text())["otherData"]["position"] == 15  # the last of sixteen tokens at the shortest context
     assert len(desk.runners) == 1 and desk.runners[0].closed
 

@@ -182,7 +182,7 @@ def chat(folder: Path, lines: str, *options: str) -> tuple[int, str, str]:
 
 def test_the_command_says_what_the_engine_says(folder: Path, engine: Engine) -> None:
     """Every turn is what a fresh computation of the whole conversation gives, though the cache serves most of it."""
-    code, out, err = chat(folder, "Hello\nAnd then?\n/stats\n", "--system", "Be brief.", "--max-tokens", "9")
+    code, out, err = chat(folder, "Hello\nAnd then?\n/stats\n", "--system", "Be brief.", "--max-tokens", "9", "--temperature", "0")
     assert code == 0
     messages, expected = [{"role": "system", "content": "Be brief."}], ""
     for text in ("Hello", "And then?"):
@@ -194,6 +194,18 @@ def test_the_command_says_what_the_engine_says(folder: Path, engine: Engine) -> 
     assert out == expected
     reused = int(err.split(" of them reused")[0].split()[-1])
     assert reused >= len(engine.chat_prompt(messages[:2]))  # the whole first turn
+
+
+def test_answers_are_sampled(folder: Path) -> None:
+    """By default, with a seed, and with the log probabilities of each token."""
+    options = ("--max-tokens", "5", "--seed", "3")
+    code, out, err = chat(folder, "Hello\n", *options, "--logprobs", "2")
+    assert code == 0 and out != chat(folder, "Hello\n", "--max-tokens", "5", "--temperature", "0")[1]
+    lines = [line for line in err.splitlines() if line.count(" | ") == 2]
+    assert len(lines) == 5 and all(" -" in part for line in lines for part in line.split(" | "))
+    assert chat(folder, "Hello\n", *options)[1] == out
+    code, _, err = chat(folder, "Hello\n", "--top-p", "2")
+    assert code == 2 and "error: top_p is 2.0; it must be a number from 0 to 1" in err
 
 
 def test_a_full_context_is_said_and_nothing_is_lost(folder: Path, tmp_path: Path) -> None:

@@ -50,6 +50,19 @@ def test_generate(folder: Path) -> None:
     assert raw.exit_code == 0
 
 
+def test_generate_samples(folder: Path) -> None:
+    plain = ("generate", folder, "-p", "Hello", "--device", "cpu", "--max-tokens", "12")
+    command = (*plain, "--temperature", "0.9", "--top-p", "0.95")
+    made = [run(*command, "--seed", seed, "--logprobs", "1").stdout for seed in ("1", "1", "2")]
+    assert made[0] == made[1] != made[2]
+    result = run(*command, "--seed", "1", "--logprobs", "1")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 12 and all(float(part.rsplit(" ", 1)[1]) < 0 for line in lines for part in line.split(" | "))
+    greedy = run(*plain)
+    assert greedy.exit_code == 0 and greedy.stdout == run(*plain, "--top-k", "1", "--temperature", "1").stdout != made[0]
+    assert "temperature is -1.0; it must be 0 (greedy) or a number from 0.001" in failed(run(*plain, "--temperature", "-1"))
+
+
 def test_check(folder: Path) -> None:
     result = run("check", folder, "--device", "cpu", "--tokens", "20")
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from flashformer.backends.cuda.codegen import PARAMETERS, Params, generate, head
 from flashformer.config import ModelConfig
 from flashformer.errors import BuildError
 from flashformer.models import build_graph
-from flashformer.plan import Plan, make_plan
+from flashformer.plan import KvType, Plan, make_plan
 from flashformer.shapes import shape
 from flashformer.targets import available, get
 
@@ -41,9 +41,9 @@ ODD = {
 }
 
 
-def planned(config: ModelConfig, target: str) -> Plan:
+def planned(config: ModelConfig, target: str, kv_type: KvType = "native") -> Plan:
     """The plan of a model on a typical device of a target."""
-    return make_plan(config, build_graph(config), get(target))
+    return make_plan(config, build_graph(config), get(target), kv_type=kv_type)
 
 
 def assert_clean(plan: Plan) -> None:
@@ -79,10 +79,16 @@ def test_odd_shapes(name: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", CUDA)
+@pytest.mark.parametrize("kv_type", ["int8", "fp8"])
+def test_caches_of_8_bits(kv_type: KvType, target: str) -> None:
+    assert_clean(planned(odd(head_dim=80, hidden_size=320), target, kv_type))
+
+
+@pytest.mark.parametrize("target", CUDA)
 def test_tools(target: str) -> None:
     from flashformer.backends.cuda.compile import compile_source
 
-    assert compile_source('#include "tools.cuh"\n', get(target), "cuda-tools").spills == 0
+    assert compile_source('#include "code_tools.cuh"\n', get(target), "cuda-tools").spills == 0
 
 
 def test_every_target_has_a_file_that_says_what_it_is() -> None:

@@ -14,7 +14,8 @@ import pytest
 
 import flashformer
 from flashformer import SamplingParams
-from flashformer.backends import RunStats
+from flashformer.backends import GREEDY, RunStats
+from flashformer.backends.sampling import PROMPT_BIT, Sampling, Scores
 from flashformer.checkpoint import open_checkpoint
 from flashformer.engine import Device, Engine, default_context, find_device
 from flashformer.errors import DeviceError, InputError
@@ -34,11 +35,15 @@ class FakeRunner:
         self.answer, self.vocab = list(answer), vocab
         self.stats = RunStats()
         self.calls: list[tuple[list[int], int, int, frozenset[int]]] = []
+        self.sampling = GREEDY
         self.open = self.closed = 0
         self.failure: BaseException | None = None  # raised after the answer
 
-    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Generator[int, None, None]:
+    def generate(
+        self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
+    ) -> Generator[int, None, None]:
         self.calls.append((list(tokens), start, count, frozenset(stop)))
+        self.sampling = sampling
         self.open += 1
         try:
             for token in self.answer[:count]:
@@ -49,6 +54,9 @@ class FakeRunner:
                 raise self.failure
         finally:
             self.open -= 1
+
+    def scores(self, index: int) -> Scores:
+        return Scores(-1.0 - index, ((self.answer[index], -1.0 - index), (7, -9.0)))
 
     def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
         return np.zeros((len(tokens), self.vocab), np.float32)
@@ -108,6 +116,25 @@ def test_stop_id_and_stop_text(folder: Path) -> None:
     assert runner.open == 0  # the kernel was told
     token = runner.answer[2]
     assert [r.token for r in engine.generate("x", SamplingParams(stop=[token]))] == runner.answer[:3]
+
+
+def test_what_is_asked_of_sampling_reaches_the_runner(folder: Path) -> None:
+    engine, runner = make_engine(folder, [40, 41])
+    params = SamplingParams(max_tokens=2, temperature=0.5, top_k=9, seed=3, repetition_penalty=1.5, logprobs=2)
+    results = list(engine.generate([5, 6, 5], params))
+    assert [(r.logprob, r.top_logprobs) for r in results] == [(-1.0, ((40, -1.0), (7, -9.0))), (-2.0, ((41, -2.0), (7, -9.0)))]
+    assert (runner.sampling.temperature, runner.sampling.top_k, runner.sampling.seed) == (0.5, 9, 3)
+    assert runner.sampling.seen is not None and {int(i) for i in np.flatnonzero(runner.sampling.seen == PROMPT_BIT)} == {5, 6}
+    list(engine.generate([5, 6, 7], params))
+    assert runner.calls[-1][1] > 0 and runner.sampling.seen[[5, 6, 7]].tolist() == [PROMPT_BIT] * 3  # what is reused counts, too
+    assert [(r.logprob, r.top_logprobs) for r in engine.generate([5], SamplingParams(max_tokens=1))] == [(None, None)]
+    seeds = set()
+    for _ in range(3):
+        list(engine.generate([5], SamplingParams(max_tokens=1, temperature=1.0)))
+        seeds.add(runner.sampling.seed)
+    assert len(seeds) == 3  # drawn anew
+    with pytest.raises(InputError, match="token 300; the vocabulary has 300"):
+        engine.generate([5], SamplingParams(logit_bias={300: 1.0}))
 
 
 def test_leaving_early_frees_the_engine(folder: Path) -> None:

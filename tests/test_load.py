@@ -24,12 +24,14 @@ from flashformer.checkpoint import check_tensors, open_checkpoint
 from flashformer.config import parse_config, read_config
 from flashformer.errors import CheckpointError, DeviceError, InputError
 from flashformer.export import config_mapping
+from flashformer.formats import choose, encode
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
 from flashformer.shapes import SHAPES, shape
 from flashformer.tape import lay_tapes, tile_offsets
 from flashformer.targets import get
 from model_files import make_config, write_folder
+from quant_models import FORMS, QuantizedCheckpoint
 from test_results import script
 
 NUMPY_TYPES = {number: {"bfloat16": np.dtype(ml_dtypes.bfloat16)}.get(name) or np.dtype(name) for name, number in TYPES.items()}
@@ -45,6 +47,9 @@ class FakeContext:
         self.stream: list[Callable[[], object]] = []
         self.placed: dict[int, list[tuple[int, np.ndarray]]] = {}  # address of a matrix's flag -> (first row, rows) in order
         self.tables: dict[int, int] = {}  # the same -> the first tile's offset
+        self.coded: dict[int, list[np.ndarray]] = {}  # address of a stage's tile offsets -> codes, matrix after matrix
+        self.scaled: dict[int, list[np.ndarray]] = {}  # the same of scale offsets -> bytes of scales
+        self.expanded: list[int] = []  # values that became 16-bit ones
 
     def new_stream(self) -> list[Callable[[], object]]:
         return []
@@ -108,9 +113,24 @@ class FakeContext:
         return values
 
     def _pack(self, job: Any) -> None:
-        values = self._values(job.source, job.rows * job.columns, job.type, job.strange)
-        self.placed.setdefault(job.strange, []).append((job.first_row, values.reshape(job.rows, job.columns)))
-        self.tables[job.strange] = ctypes.c_uint64.from_address(job.tile_offset).value
+        place = job.place
+        values = self._values(job.source, place.rows * place.columns, job.type, job.strange)
+        self.placed.setdefault(job.strange, []).append((place.first_row, values.reshape(place.rows, place.columns)))
+        self.tables[job.strange] = ctypes.c_uint64.from_address(place.tile_offset).value
+
+    def _bytes(self, address: int, *shape: int) -> np.ndarray:
+        return np.frombuffer((ctypes.c_uint8 * int(np.prod(shape))).from_address(address), np.uint8).reshape(shape).copy()
+
+    def _pack_codes(self, job: Any) -> None:
+        place = job.place
+        self.coded.setdefault(place.tile_offset, []).append(self._bytes(job.codes, place.rows, place.columns))
+
+    def _pack_scales(self, job: Any) -> None:
+        size = job.groups * job.scale_values * job.scale_bytes
+        self.scaled.setdefault(job.scale_offset, []).append(self._bytes(job.scales, job.place.rows, size))
+
+    def _expand(self, job: Any) -> None:
+        self.expanded.append(job.values)
 
     def _convert(self, source: Any, to: Any, count: Any, kind: Any, half: Any, strange: Any) -> None:
         values = self._values(source.value, count.value, kind.value, strange.value)
@@ -177,6 +197,29 @@ def test_random_weights_need_no_host_memory(tied: bool) -> None:
     context, table, _ = pack(plan, weights, slot_bytes=16384)
     assert_all_arrived(plan, weights, context, table)
     assert context.pinned_peak == 0
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "int8 rows", "fp8 blocks"])
+def test_codes_and_scales_arrive_once(tmp_path: Path, name: str) -> None:
+    """Of all matrices, and those of the embedding become a table, too."""
+    folder = write_folder(tmp_path, make_config(vocab_size=1003, intermediate_size=352, hidden_size=256, tie_word_embeddings=True))
+    with open_checkpoint(folder) as plain:
+        graph = build_graph(plain.config)
+        names = [w for w, weight in graph.weights().items() if len(weight.shape) == 2]
+        weights = QuantizedCheckpoint(plain, {w: FORMS[name][0](plain.read(w).astype(np.float32)) for w in names})
+        plan = make_plan(plain.config, graph, get("sm_90"), 64, workers=3, formats=choose(weights, names))
+        context, made = FakeContext(), []
+        packer = Packer(context, None, plan, weights, lambda *step: made.append(step[1:]))  # type: ignore[arg-type]
+        packer.slot_bytes = 16384  # more pieces than slots
+        assert packer.run(lay_tapes(plan), 0, 1) == []
+        assert made[-1][0] == made[-1][1] and sum(context.expanded) == 1003 * 256
+        stages = [stage for stage in plan.stages if stage.linear and stage.geometry]
+        for stage, codes, scales in zip(stages, context.coded.values(), context.scaled.values(), strict=True):
+            assert stage.linear is not None and stage.geometry is not None
+            expected = [encode(weights.forms[b.weight], stage.geometry.format, b.weight) for b in stage.linear.blocks]
+            assert np.array_equal(np.concatenate(codes), np.concatenate([e.codes for e in expected]))
+            stored = [np.ascontiguousarray(e.scales).reshape(len(e.scales), -1).view(np.uint8) for e in expected]
+            assert np.array_equal(np.concatenate(scales), np.concatenate(stored))
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -158,7 +158,7 @@ def block(change: str = "") -> Graph:
     logits = linear(n, 50)
     if change == "soft cap":
         logits = g.add("softcap", logits, size=50)
-    g.add("argmax", logits, size=1)
+    g.add("sample", logits, size=1)
     return g.build()
 
 

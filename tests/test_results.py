@@ -42,7 +42,7 @@ def test_the_readme_shows_the_records() -> None:
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_records_are_complete_and_consistent(path: Path) -> None:
-    for record in load_records(path):
+    for record in load_records(path, Record):
         ms = record.ms_per_token
         assert 0 < ms["min"] <= ms["median"] <= ms["max"]
         assert record.spread == pytest.approx((ms["max"] - ms["min"]) / ms["median"])
@@ -50,6 +50,7 @@ def test_records_are_complete_and_consistent(path: Path) -> None:
         reached = record.bytes_per_token / record.ms / 1e6
         assert record.fraction_of_ceiling == pytest.approx(reached / record.read_ceiling_gb_s)
         assert record.checked is not None and record.checked["top1"] == 1
+        assert not record.tuned  # what the README says holds with the defaults
         assert set(record.baselines) == set(record.baseline_versions)
         if record.weights == "bf16":
             config = shape(record.model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def obvious(plan: Plan) -> list[list[tuple[int, int, list[tuple[int, int]]]]]:
             g = stage.geometry
             tiles = list(range(stage.first[w], stage.first[w] + stage.count[w]))
             while tiles:
-                group, tiles = tiles[: g.warps_rows], tiles[g.warps_rows :]
+                group, tiles = tiles[: g.chunk_tiles], tiles[g.chunk_tiles :]
                 for part, fragments in enumerate(g.part_sizes()):
                     nbytes = len(group) * g.warps_columns * fragments * g.tile_rows * g.fragment_columns * g.format.bits // 8
                     f, columns = g.format, fragments * g.fragment_columns
@@ -104,14 +103,15 @@ FORMATS = (
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 @pytest.mark.parametrize("target", ["sm_90", "cpu"])
-def test_tapes_of_codes_and_their_scales(format: Format, target: str) -> None:
-    """On a GPU as it would be with kernels for them."""
-    config = planned(1, "cpu", hidden_size=576, head_dim=32).config
-    graph, able = build_graph(config), replace(get(target), kernels=get("cpu").kernels)
-    plan = make_plan(config, graph, able, workers=5, formats=dict.fromkeys(graph.weights(), format))
+@pytest.mark.parametrize("hidden", [576, 256])
+def test_tapes_of_codes_and_their_scales(format: Format, target: str, hidden: int) -> None:
+    config = planned(1, "cpu", hidden_size=hidden, head_dim=32, vocab_size=3001).config
+    graph = build_graph(config)
+    plan = make_plan(config, graph, get(target), workers=5, formats=dict.fromkeys(graph.weights(), format))
     assert all(s.geometry.format == format for s in plan.stages if s.geometry)
+    assert any(s.geometry.stack > 1 for s in plan.stages if s.geometry) == (target == "sm_90")
     check(plan, lay_tapes(plan))
-    assert plan.weight_bytes() < plan.tape_bytes() < make_plan(config, graph, able, workers=5).tape_bytes()
+    assert plan.weight_bytes() < plan.tape_bytes() < make_plan(config, graph, get(target), workers=5).tape_bytes()
 
 
 @settings(max_examples=30, deadline=None)

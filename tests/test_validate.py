@@ -22,7 +22,7 @@ from flashformer.models import build_graph
 from flashformer.plan import Plan, Stage, make_plan
 from flashformer.shapes import SHAPES, shape
 from flashformer.tape import Tape, lay_tapes
-from flashformer.targets import available, get
+from flashformer.targets import Target, available, get
 from flashformer.validate import validate, validate_tape
 
 WORKERS = (1, 2, 3, 7, 84, 108, 132, 148, 170)
@@ -108,7 +108,7 @@ def layers_swapped(plan: Plan) -> Plan:
     return replace(plan, stages=(plan.stages[0], *second, *first, *rest))
 
 
-def kv(plan: Plan, **fields: int) -> Plan:
+def kv(plan: Plan, **fields: int | str) -> Plan:
     """A plan with fields of the KV cache changed."""
     return replace(plan, kv=replace(plan.kv, **fields))
 
@@ -195,6 +195,7 @@ DAMAGE: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "empty split": (lambda p: kv(p, virtual_heads=6), "a group of 9 query heads does not go into 3 splits of 5"),
     "too many heads at a time": (lambda p: kv(p, virtual_heads=2, virtual_group=9), "9 query heads at a time; 8 fit"),
     "splits uneven": (lambda p: kv(p, virtual_heads=3), "3 virtual heads are no multiple of 2"),
+    "KV cache of an unknown type": (lambda p: kv(p, type="fp4"), "KV cache: its type is 'fp4'; known are native, int8, fp8"),
     "heads not padded": (lambda p: kv(p, head_pad=24), "KV cache: heads of 24 values are not padded to 24"),
     "longer than the model": (lambda p: replace(kv(p, max_context=600, blocks=38), max_context=600), "600 positions; the model supports"),
     "another context": (lambda p: replace(p, max_context=100), "made for 512 positions, the plan for 100"),
@@ -256,12 +257,14 @@ def test_padding_must_be_owned_by_somebody_awaited(monkeypatch: pytest.MonkeyPat
         validate(padding_anywhere(config, 40, monkeypatch))
 
 
-def quantised(format: Format, target: str = "cpu", **changes: Any) -> Plan:
-    """A valid plan with all matrices in one format."""
+CPU = get("cpu")
+
+
+def quantised(format: Format, target: Target = CPU, **changes: Any) -> Plan:
+    """A plan with all matrices in one format."""
     config = model(head_dim=32, **changes)
-    able = replace(get(target), kernels=get("cpu").kernels)
     graph = build_graph(config)
-    return make_plan(config, graph, able, workers=7, formats=dict.fromkeys(graph.weights(), format))
+    return make_plan(config, graph, target, workers=7, formats=dict.fromkeys(graph.weights(), format))
 
 
 FORMAT_DAMAGE: dict[str, tuple[Callable[[Plan], Plan], str]] = {
@@ -298,9 +301,19 @@ def test_layers_have_one_format_where_a_kernel_has_one_body() -> None:
 
 
 def test_parts_end_with_groups() -> None:
-    validate(quantised(Format("int", 8, 64), "sm_90"))
+    narrow = replace(get("sm_90"), code_columns=64)
+    validate(quantised(Format("int", 8, 64), narrow))
     with pytest.raises(PlanError, match="a part ends inside a group of 128 columns"):
-        validate(quantised(Format("int", 8, 128), "sm_90", ffn_size=64 * 9))
+        validate(quantised(Format("int", 8, 128), narrow, ffn_size=64 * 9))
+
+
+def test_groups_share_chunks_of_one_part() -> None:
+    plan = quantised(Format("int", 4, 64), get("sm_90"), hidden_size=256, ffn_size=8192)
+    validate(plan)
+    found = {s.name: s.geometry for s in plan.layer_stages(0) if s.geometry}
+    assert found["qkv"].stack > 1 == found["qkv"].parts and found["down"].parts > 1 == found["down"].stack
+    with pytest.raises(PlanError, match="2 groups in a chunk of one part of"):
+        validate(geometry(plan, "down", stack=2))
 
 
 # --- damaged tapes ---------------------------------------------------------------------------------------------------------
@@ -316,7 +329,7 @@ def with_row(values: np.ndarray, chunk: int, worker: int, value: int) -> np.ndar
 TAPE_DAMAGE: dict[str, tuple[Callable[[Tape], Tape], str]] = {
     "overlap": (lambda t: replace(t, offset=with_row(t.offset, 5, 3, t.offset[5, 2])), "worker [23]: chunk 5 overlaps another one"),
     "overlap by a unit": (lambda t: replace(t, offset=with_row(t.offset, 9, 1, t.offset[9, 1] - 1)), "worker 1: chunk 9 overlaps"),
-    "before the arena": (lambda t: replace(t, offset=t.offset - 1), "the tapes take bytes -(64|512) to"),
+    "before the arena": (lambda t: replace(t, offset=t.offset - 1), "the tapes take bytes -(64|128) to"),
     "arena too small": (lambda t: replace(t, nbytes=t.nbytes - 512), "of an arena of"),
     "arena beyond 32 bits": (lambda t: replace(t, nbytes=(t.unit << 32) + t.unit), "of an arena of"),
     "truncated": (lambda t: replace(t, offset=t.offset[:-1], size=t.size[:-1]), "truncated: they have [0-9]+ chunks"),
@@ -324,7 +337,7 @@ TAPE_DAMAGE: dict[str, tuple[Callable[[Tape], Tape], str]] = {
     "chunk after the end": (lambda t: replace(t, size=np.where(t.size < 0, 0, t.size) + 512 * (t.stage < 0)), r"has 512 bytes, not 0"),
     "attention forgotten": (lambda t: replace(t, size=t.size + 512 * (t.stage == 2)), "has 512 bytes, not 0"),
     "stages misplaced": (lambda t: replace(t, starts=with_row(t.starts, 4, 2, t.starts[4, 2] + 1)), "worker 2 ends layer 0 combine at"),
-    "other units": (lambda t: replace(t, unit=128), "the tapes count units of 128 bytes; those of"),
+    "other units": (lambda t: replace(t, unit=32), "the tapes count units of 32 bytes; those of"),
     "stages forgotten": (lambda t: replace(t, starts=t.starts[:-1]), "the tapes begin 20 stages; the plan has 21"),
 }
 

@@ -9,7 +9,7 @@ import gc
 import importlib.util
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -23,14 +23,16 @@ from .backends import Progress, no_progress
 from .check import Comparison, compare, sample_tokens
 from .config import ModelConfig
 from .errors import DeviceError, InputError
-from .plan import Plan, make_plan
+from .formats import NAMED, Format, choose
+from .plan import KvType, Plan, make_plan
 from .records import Record, commit, driver_version
 from .reference import Reference
 from .targets import Target
 from .trace import Trace, make_trace
+from .tune import differences, tuned
 
 if TYPE_CHECKING:
-    from .backends.cuda import CudaRunner
+    from .backends.cuda import CudaRunner, DeviceInfo
     from .checkpoint import Checkpoint
 
 TIMED_REGION = "one launch: embedding, all layers with attention and KV append, norm, head, greedy choice, for every token"
@@ -49,40 +51,64 @@ class Subject:
     name: str
     config: ModelConfig
     weights: Checkpoint
+    formats: Mapping[str, Format]  # of the matrices that are not stored plainly
+    stored: str = ""  # what a record calls the weights; empty: by their type
 
 
 @contextmanager
-def open_subject(model: str) -> Iterator[Subject]:
-    """A named shape with random weights, or a checkpoint. Raises CheckpointError or ConfigError as those do."""
+def open_subject(model: str, weights: str = "", plain_head: bool = False) -> Iterator[Subject]:
+    """A named shape with random weights, or a checkpoint.
+
+    weights: for a shape the name of a format (formats.NAMED; bf16 by default), `plain_head` leaves its head in 16 bits; for a checkpoint
+    "native" (the default) or "bf16". Raises CheckpointError or ConfigError as those do, InputError for an unknown name.
+    """
     from .backends.cuda import RandomWeights
     from .checkpoint import check_tensors, open_checkpoint
     from .hub import resolve
     from .shapes import SHAPES
 
     if model in SHAPES and not Path(model).exists():
-        yield Subject(model, SHAPES[model], RandomWeights(SHAPES[model]))
+        if (name := weights or "bf16") not in NAMED:
+            raise InputError(f"weights are {weights!r}; random ones can be {', '.join(NAMED)}")
+        drawn = RandomWeights(SHAPES[model], format=NAMED[name], plain_head=plain_head)
+        stored = "" if name == "bf16" else name + ", 16-bit head" * plain_head
+        yield Subject(model, SHAPES[model], drawn, drawn.formats, stored)
         return
+    if weights not in ("", "native", "bf16"):
+        raise InputError(f"weights are {weights!r}; those of a checkpoint can be native or bf16")
     with open_checkpoint(resolve(model)) as checkpoint:
-        check_tensors(checkpoint, models.build_graph(checkpoint.config).weights())
-        yield Subject(Path(model).name, checkpoint.config, checkpoint)
+        names = models.build_graph(checkpoint.config).weights()
+        check_tensors(checkpoint, names)
+        formats = choose(checkpoint, names) if weights != "bf16" else {}
+        stored = ", ".join(sorted({format.name for format in formats.values()}))
+        yield Subject(Path(model).name, checkpoint.config, checkpoint, formats, stored)
 
 
-def gpu_target() -> Target:
+def gpu() -> DeviceInfo:
     """The GPU of this machine. Raises DeviceError where there is none that we know."""
     from .backends.cuda import probe
 
     info = probe()
     if info is None or info.target is None:
         found = f"{info.name} ({info.target_name}) is not supported" if info else "none was found (does nvidia-smi show it?)"
-        raise DeviceError(f"a benchmark needs a CUDA GPU; {found}")
+        raise DeviceError(f"measuring needs a CUDA GPU; {found}")
+    return info
+
+
+def gpu_target() -> Target:
+    """Its target, with as many workers as it has. Raises DeviceError as `gpu` does."""
+    info = gpu()
+    assert info.target is not None
     return replace(info.target, workers=info.workers)
 
 
-def plan_for_gpu(config: ModelConfig, max_context: int | None = None) -> Plan:
+def plan_for_gpu(
+    config: ModelConfig, max_context: int | None = None, formats: Mapping[str, Format] | None = None, kv: KvType = "native"
+) -> Plan:
     """A validated plan for the GPU of this machine. Raises DeviceError as `gpu_target` does."""
     from .validate import validate
 
-    plan = make_plan(config, models.build_graph(config), gpu_target(), max_context)
+    plan = make_plan(config, models.build_graph(config), gpu_target(), max_context, formats=formats, kv_type=kv)
     validate(plan)
     return plan
 
@@ -104,8 +130,9 @@ class Bench:
     """A model on this GPU, packed once, to be measured at any of the contexts it was made for. A context manager."""
 
     def __init__(
-        self, subject: Subject, contexts: Sequence[int], tokens: int = 128, checked: bool = True, progress: Progress = no_progress
-    ) -> None:
+        self, subject: Subject, contexts: Sequence[int], tokens: int = 128, checked: bool = True, progress: Progress = no_progress,
+        kv: KvType = "native",
+    ) -> None:  # fmt: skip
         """Raises InputError as `starts` does, and DeviceError where there is no GPU, or the kernel is out of tolerance."""
         from .backends.cuda import load
 
@@ -113,12 +140,14 @@ class Bench:
         self.contexts = starts(subject.config, contexts, tokens)
         self.checked: dict[str, float] | None = None
         whole = min(subject.config.max_positions, CHECK_PROMPT + CHECK_GREEDY)
-        self.plan = plan_for_gpu(subject.config, max(self.contexts[-1] + tokens, whole))
+        usual = plan_for_gpu(subject.config, max(self.contexts[-1] + tokens, whole), subject.formats, kv)
+        self.plan = tuned(usual, gpu().name)
+        self.tuned = differences(usual.target, self.plan.target)
         layers = layers_to_check(subject.config)
         if checked and layers < subject.config.num_layers:
             # The first layers and the head, as a model of their own.
             cut = replace(subject.config, num_layers=layers)
-            runner = load(plan_for_gpu(cut, whole), subject.weights, progress)
+            runner = load(replace(plan_for_gpu(cut, whole, subject.formats, kv), target=self.plan.target), subject.weights, progress)
             try:
                 self.checked = check_kernel(runner, subject.weights)
             finally:
@@ -139,9 +168,10 @@ class Bench:
         times = [self.runner.time_generate(context, tokens) / tokens for _ in range(repeats + 1)][1:]  # the first warms up
         median = statistics.median(times)
         nbytes = plan.token_bytes(context + tokens // 2)
+        cache = "" if plan.kv.type == "native" else f", KV cache in {plan.kv.type}"
         return Record(
             model=self.subject.name,
-            weights=FORMATS[plan.config.dtype],
+            weights=(self.subject.stored or FORMATS[plan.config.dtype]) + cache,
             batch=1,
             context=context,
             tokens_timed=tokens,
@@ -157,6 +187,7 @@ class Bench:
             driver=driver_version(),
             date=date.today().isoformat(),
             commit=commit(),
+            tuned=self.tuned,
         )
 
     def trace(self, context: int) -> Trace:
@@ -204,7 +235,7 @@ def check_kernel(runner: CudaRunner, weights: Checkpoint, seed: int = 0) -> dict
     text = [*prompt, *made[:-1]]
     first = len(prompt) - 1
     ours = runner.logits(text[first:], first)
-    reference = Reference(models.build_graph(config), weights).logits(text, last=greedy)
+    reference = Reference(models.build_graph(config), weights, kv_type=runner.plan.kv.type).logits(text, last=greedy)
     wrong = np.flatnonzero(ours.argmax(axis=-1) != np.array(made))
     result = Comparison(**{**vars(compare(ours, reference)), "greedy_differs": int(wrong[0]) if len(wrong) else None})
     if not result.within:

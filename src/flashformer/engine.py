@@ -15,11 +15,12 @@ import numpy as np
 
 from . import env
 from .backends import Progress, Runner, RunStats
+from .backends.sampling import Sampling
 from .config import ModelConfig
 from .errors import CheckpointError, DeviceError, InputError
 from .formats import Format, choose
 from .graph import Graph
-from .plan import BLOCK_POSITIONS, Plan, make_plan
+from .plan import BLOCK_POSITIONS, KV_TYPES, KvType, Plan, make_plan
 from .sampling import SamplingParams, StopMatcher
 from .targets import Target, get
 
@@ -38,11 +39,15 @@ class Result:
     """One token of a generation and the text that it completes (often none, in the middle of a character).
 
     finish: None while the text goes on; "stop" with the last token if the model or a stop ended it, "length" if a limit did.
+    logprob, top_logprobs: where `SamplingParams.logprobs` asks for them, the token's log probability, and (token id, log probability)
+    of the most likely ones, best first; else None.
     """
 
     token: int
     text: str
     finish: Literal["stop", "length"] | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,17 @@ def find_device(device: str = "auto") -> Device:
     return Device("cpu", "CPU", replace(get("cpu"), workers=env.threads()), memory)
 
 
-def default_context(config: ModelConfig, graph: Graph, device: Device, formats: Mapping[str, Format] | None = None) -> int:
+def default_context(
+    config: ModelConfig, graph: Graph, device: Device, formats: Mapping[str, Format] | None = None, kv: KvType = "native"
+) -> int:
     """Positions that the KV cache gets where the user does not say: all of the model's, as far as memory allows.
 
-    formats: as `make_plan` takes them. Raises DeviceError if the weights alone do not fit.
+    formats, kv: as `make_plan` takes them. Raises DeviceError if the weights alone do not fit.
     """
-    shortest = make_plan(config, graph, device.target, 1, formats=formats)
+    shortest = make_plan(config, graph, device.target, 1, formats=formats, kv_type=kv)
     weights = shortest.tape_bytes() + shortest.embedding_bytes()
-    kv = config.num_layers * shortest.kv.layer_bytes / BLOCK_POSITIONS
-    positions = int((device.memory_bytes * MEMORY_SHARE - weights) / kv)
+    position_bytes = config.num_layers * shortest.kv.layer_bytes / BLOCK_POSITIONS
+    positions = int((device.memory_bytes * MEMORY_SHARE - weights) / position_bytes)
     if positions < 1:
         raise DeviceError(
             f"the model's weights take {weights / 1e9:.1f} GB; {device.name} has {device.memory_bytes / 1e9:.1f} GB of memory; "
@@ -139,11 +146,12 @@ class Engine:
         A text is encoded as the model expects it (with its beginning-of-text token); see `chat_prompt` for conversations.
         Where the prompt begins as what ran before, that part is not computed again (`stats.reused_tokens`).
         The last result says why it is the last. Raises InputError before anything runs for a prompt that is empty, has ids
-        outside the vocabulary, or does not fit into the context; DeviceError where the kernel fails.
+        outside the vocabulary, or does not fit into the context; DeviceError where the kernel fails, or the model's scores are not
+        finite.
         """
         params = params or SamplingParams()
         ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-        return self._generate(ids, params)
+        return self._generate(ids, params, params.lower(self.config.vocab_size, ids))
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation ({"role": ..., "content": ...} each) in the model's own format, ready for an answer.
@@ -207,7 +215,7 @@ class Engine:
             raise InputError("this engine is generating already; finish or close that generation first")
         self._busy = True
 
-    def _generate(self, ids: list[int], params: SamplingParams) -> Generator[Result, None, None]:
+    def _generate(self, ids: list[int], params: SamplingParams, sampling: Sampling) -> Generator[Result, None, None]:
         """`generate` after its checks."""
         config = self.config
         stop = params.stop_ids
@@ -228,21 +236,23 @@ class Engine:
         start = min(_common_length(self._cached, ids), len(ids) - 1)  # the last token of the prompt has the answer
         self._cached, fed = ids[:start], ids[start:]
         try:
-            with closing(self.runner.generate(fed, start, count, stop)) as tokens:
+            with closing(self.runner.generate(fed, start, count, stop, sampling)) as tokens:
                 for made, token in enumerate(tokens, 1):
                     # NOTE: a token is made once all before it have KV entries; its own follows, or never does where the kernel ends.
                     self._cached += fed
                     fed = [token]
                     last = token in stop or made == count
+                    scores = self.runner.scores(made - 1) if sampling.logprobs is not None else None
+                    logprobs = (scores.logprob, scores.top) if scores else (None, None)
                     text = ""
                     if decoder is not None and token not in stop:
                         text = matcher.push(decoder.push(token))
                     if decoder is not None and last:
                         text += matcher.push(decoder.finish()) + matcher.finish()
                     if matcher.stopped:
-                        yield Result(token, text, "stop")
+                        yield Result(token, text, "stop", *logprobs)
                         return
-                    yield Result(token, text, ("stop" if token in stop else "length") if last else None)
+                    yield Result(token, text, ("stop" if token in stop else "length") if last else None, *logprobs)
         except Exception:
             self._cached = []  # nobody knows what a kernel that failed has written
             raise
@@ -252,7 +262,7 @@ class Engine:
 
 def load(
     model: str | os.PathLike[str], device: str = "auto", max_context: int | None = None, progress: Progress | None = None,
-    weights: str = "native",
+    weights: str = "native", kv: KvType = "native",
 ) -> Engine:  # fmt: skip
     """Load a model and make it ready to run.
 
@@ -260,7 +270,8 @@ def load(
     max_context: positions of the KV cache (default: all that the model supports and the memory holds; on a CPU at most
     8,192). progress: told what is being done; by default bars on stderr, where that is a terminal. weights: "native" keeps quantised
     matrices in formats that hold them exactly wherever the device has kernels for them, "bf16" expands all to 16 bits; what that
-    costs is in the notes of the engine's configuration.
+    costs is in the notes of the engine's configuration. kv: "native" keeps keys and values in 16 bits, "int8" and "fp8" (e4m3) in 8,
+    which is half the bytes to read at long context; `flashformer quality` says what a model loses by it.
 
     Raises CheckpointError, ConfigError, PlanError, BuildError or DeviceError, each a FlashFormerError.
     """
@@ -269,11 +280,14 @@ def load(
     from .hub import resolve
     from .models import build_graph
     from .progress import bars
+    from .tune import tuned
     from .validate import validate
 
     began = time.perf_counter()
     if weights not in WEIGHTS:
         raise InputError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
+    if kv not in KV_TYPES:
+        raise InputError(f"kv is {kv!r}; it must be one of {', '.join(KV_TYPES)}")
     where = find_device(device)
     checkpoint = open_checkpoint(resolve(os.fspath(model)))
     try:
@@ -281,8 +295,10 @@ def load(
         check_tensors(checkpoint, graph.weights())
         formats = choose(checkpoint, graph.weights()) if weights == "native" else {}
         if max_context is None:
-            max_context = default_context(checkpoint.config, graph, where, formats)
-        plan = make_plan(checkpoint.config, graph, where.target, max_context, formats=formats)
+            max_context = default_context(checkpoint.config, graph, where, formats, kv)
+        plan = make_plan(checkpoint.config, graph, where.target, max_context, formats=formats, kv_type=kv)
+        if where.backend == "cuda":
+            plan = tuned(plan, where.name)
         validate(plan)
         if note := expansions(plan, checkpoint):
             plan = replace(plan, config=replace(plan.config, notes=(*plan.config.notes, note)))

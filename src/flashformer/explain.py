@@ -120,7 +120,7 @@ def render(plan: Plan, context: int | None = None) -> RenderableType:
         ("vocabulary", f"{c.vocab_size}"),
         ("target", f"{plan.target.name}: {plan.target.description}, {plan.target.workers} workers, {plan.target.bandwidth_gb_s:g} GB/s"),
         ("memory", f"{memory / 1e9:.2f} GB: weights {plan.tape_bytes() / 1e9:.2f} and embeddings {plan.embedding_bytes() / 1e9:.2f}, "
-                   f"KV cache {cache / 1e9:.2f} for {plan.max_context} positions"),
+                   f"KV cache {cache / 1e9:.2f} for {plan.max_context} positions{'' if kv.type == 'native' else f' in {kv.type}'}"),
     ):  # fmt: skip
         facts.add_row(Text(label, style="bold"), value)
     table = Table(title=f"One token after {context} positions, predicted", title_justify="left", title_style="bold")

@@ -79,6 +79,22 @@ class Format:
 
 
 PLAIN = Format()
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+# What people mean by these names, for benchmarks: scales as the usual checkpoints have them.
+NAMED: dict[str, Format] = {
+    "bf16": PLAIN,
+    "int8": Format("int", 8, scale="bfloat16"),
+    "fp8": Format("fp8", 8, scale="bfloat16"),
+    "int4": Format("int", 4, 128, scale="bfloat16"),
+    "mxfp4": Format("table", 4, 32, scale="bfloat16", table=(*_FP4, *(-x for x in _FP4))),
+    "nf4": Format("table", 4, 64, table=_NF4),
+}
 
 
 def format_of(form: Form) -> Format | None:

@@ -79,7 +79,7 @@ class StageSpec:
     head_norms: tuple[str, ...] = ()
 
 
-NAMES = {"attention": "qkv", "swiglu": "gate_up", "argmax": "head"}  # a linear stage by the operator that it flows into
+NAMES = {"attention": "qkv", "swiglu": "gate_up", "sample": "head"}  # a linear stage by the operator that it flows into
 THROUGH = ("headnorm", "rope")  # operators that attention applies to its inputs as it reads them
 FOLDED = ("rmsnorm", "swiglu", *THROUGH)  # operators without a stage of their own
 
@@ -120,7 +120,7 @@ class _Fusion:
                 self.stages.append(StageSpec("combine", "combine", op.layer, ("partials",), "attended", padded))
             elif op.kind == "residual":
                 self.residual = op.output
-            elif op.kind == "argmax":
+            elif op.kind == "sample":
                 self.stages.append(StageSpec("token", "token", op.layer, ("token",), "", 0))
             elif op.kind not in FOLDED:
                 raise PlanError(f"no stage computes the operator {op.kind}")
@@ -201,7 +201,7 @@ class _Fusion:
             writes, epilogue, gamma = self.buffer_for(norm), "residual", norm.weights[0].name
         elif end.kind == "swiglu":
             writes, epilogue, values = "mlp_hidden", "swiglu", op.size
-        elif end.kind == "argmax":
+        elif end.kind == "sample":
             writes, epilogue = "token", "logits"
         elif end.kind == "attention":
             writes, epilogue = "qkv", "store"

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from .config import ModelConfig
 from .errors import PlanError
@@ -21,9 +21,16 @@ from .graph import Graph
 from .targets import Target
 
 PADDING = 0.01  # most of a tape that may be zero columns, where the shape allows it
+SHARES = (1, 3 / 4, 1 / 2)  # of the largest chunk: see `choose_share`
+MORE_CHUNKS = 1.25  # than if all were as large as they can be; each has its cost
+SCALE_ROOM = 1 / 8  # of a chunk: so much larger it may be where weights have scales
 BLOCK_POSITIONS = 16  # positions in a block of the KV cache: the rows of one matrix instruction
 HEAD_MULTIPLE = 16  # a head's values are padded to this: the columns of one matrix instruction
 COLUMN_HEADS = 8  # query heads that one matrix instruction serves
+KvType = Literal["native", "int8", "fp8"]
+KV_TYPES: tuple[KvType, ...] = get_args(KvType)
+LEAST_SCALE = 2.0**-60  # of a key or value in the cache: one of zeros has it, and its logarithm is finite
+COPY_UNIT = 16  # bytes that a GPU copies into shared memory at once
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -41,7 +48,8 @@ class Geometry:
     """How the tiles of a linear stage are cut into fragments and shared by a worker's warps.
 
     `warps_rows` tiles form a group and go through the worker together; within a tile, warp k of `warps_columns` owns the
-    columns [k * fragments, (k + 1) * fragments) * fragment_columns, read in `parts` nearly equal parts: one chunk each.
+    columns [k * fragments, (k + 1) * fragments) * fragment_columns, read in `parts` nearly equal parts: one chunk each. Where there is
+    one part, `stack` groups share a chunk.
     Behind its fragments a chunk holds their scales: tile after tile, warp after warp, group after group, those of a tile's rows.
     """
 
@@ -52,7 +60,8 @@ class Geometry:
     fragments: int
     parts: int
     format: Format = PLAIN
-    chunk_unit: int = 512  # bytes that chunks are padded to
+    chunk_unit: int = 128  # bytes that chunks are padded to
+    stack: int = 1
 
     @property
     def columns(self) -> int:
@@ -71,11 +80,16 @@ class Geometry:
 
     def bytes_of(self, tiles: int) -> int:
         """Bytes with which one worker reads so many tiles."""
-        groups, rest = divmod(tiles, self.warps_rows)
-        return sum(groups * self.chunk_bytes(self.warps_rows, part) + self.chunk_bytes(rest, part) for part in range(self.parts))
+        chunks, rest = divmod(tiles, self.chunk_tiles)
+        return sum(chunks * self.chunk_bytes(self.chunk_tiles, part) + self.chunk_bytes(rest, part) for part in range(self.parts))
+
+    @property
+    def chunk_tiles(self) -> int:
+        """Tiles of a whole chunk."""
+        return self.warps_rows * self.stack
 
     def chunk_bytes(self, tiles: int, part: int) -> int:
-        """Bytes of the chunk with one part of so many tiles, which go through the worker together."""
+        """Bytes of the chunk with one part of so many tiles."""
         fragments = self.warps_columns * self.part_sizes()[part] * self.fragment_bytes
         return round_up(tiles * (fragments + self.scale_bytes(part)), self.chunk_unit)
 
@@ -134,7 +148,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class KvLayout:
-    """The KV cache: per layer and kv head, blocks of 16 positions; first the keys, then the values of a block."""
+    """The KV cache: per layer and kv head, blocks of 16 positions; first the keys of a block, then its values, then their scales.
+
+    `native` keeps 16-bit values; `int8` and `fp8` keep codes of 8 bits (fp8: e4m3) and, for each position's key and for its value, a
+    scale in bfloat16. Keys are mixed before: by a Hadamard transform, to even out their dimensions.
+    """
 
     heads: int
     head_dim: int
@@ -144,11 +162,27 @@ class KvLayout:
     virtual_group: int  # query heads of a virtual head
     max_context: int
     blocks: int  # per head
+    type: KvType = "native"
+
+    @property
+    def mixed(self) -> int:
+        """How many dimensions of a key are mixed with each other: both halves, and a power of two that divides them."""
+        return self.head_dim & -self.head_dim
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one value."""
+        return 2 if self.type == "native" else 1
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scale of one key or value."""
+        return 0 if self.type == "native" else 2
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a block: keys and values of 16 positions of one head."""
-        return 2 * BLOCK_POSITIONS * self.head_pad * 2
+        return 2 * BLOCK_POSITIONS * (self.head_pad * self.value_bytes + self.scale_bytes)
 
     @property
     def layer_bytes(self) -> int:
@@ -157,7 +191,7 @@ class KvLayout:
 
     def bytes_read(self, context: int) -> int:
         """KV bytes that one layer reads for a token with `context` positions before it (whole blocks not counted)."""
-        return 2 * self.heads * self.head_dim * 2 * context
+        return 2 * self.heads * (self.head_dim * self.value_bytes + self.scale_bytes) * context
 
 
 @dataclass(frozen=True)
@@ -199,26 +233,33 @@ class Plan:
         return self.weight_bytes() + self.config.num_layers * self.kv.bytes_read(context)
 
 
-def choose_geometry(target: Target, columns: int, format: Format = PLAIN) -> Geometry:
+def choose_geometry(target: Target, columns: int, format: Format = PLAIN, share: float = 1) -> Geometry:
     """The widest split of the columns over warps whose padding stays under PADDING, else the one with the least.
 
-    More warps on a tile means fewer values of x per warp and a shorter first result.
+    More warps on a tile means fewer values of x per warp and a shorter first result. share: how much of the largest chunk may be used.
     """
     fragment_columns = target.columns_of(format)
+    most = target.max_fragments * target.fragment_columns // fragment_columns
+    room = share * target.part_fragments * target.fragment_columns * 2  # bytes of a row
+    per_warp, stacked = max(int(room) // (target.fragment_columns * 2), 1), False
+    if format != PLAIN:  # as many bytes as of 16-bit values, and some more for scales
+        scales = fragment_columns * format.group_bytes // format.group if format.group else 0
+        per_warp = max(int(room * (1 + SCALE_ROOM)) // (fragment_columns * format.bits // 8 + scales), 1)
+        stacked = target.kind == "cuda"
     needed = ceil_div(columns, fragment_columns)
     options: list[tuple[float, int, int]] = []
     split = target.warps
     while split:
         fragments = ceil_div(needed, split)
-        if fragments <= target.max_fragments:
+        if fragments <= most:
             options.append((split * fragments / needed - 1, split, fragments))
         split //= 2
     if not options:
         raise PlanError(f"a matrix with {columns} columns is too wide for {target.name}")
     _, split, fragments = next((o for o in options if o[0] <= PADDING), min(options))
     return Geometry(
-        target.tile_rows, fragment_columns, target.warps // split, split, fragments, ceil_div(fragments, target.part_fragments),
-        format, target.chunk_unit,
+        target.tile_rows, fragment_columns, target.warps // split, split, fragments, ceil_div(fragments, per_warp), format,
+        target.chunk_unit, max(per_warp // fragments, 1) if stacked else 1,
     )  # fmt: skip
 
 
@@ -244,7 +285,7 @@ def prefix(count: list[int]) -> tuple[int, ...]:
     return tuple(first)
 
 
-def make_kv_layout(config: ModelConfig, max_context: int) -> KvLayout:
+def make_kv_layout(config: ModelConfig, max_context: int, type: KvType = "native") -> KvLayout:
     """The KV cache of a model for `max_context` positions."""
     group = config.num_heads // config.num_kv_heads
     splits = ceil_div(group, COLUMN_HEADS)
@@ -257,6 +298,7 @@ def make_kv_layout(config: ModelConfig, max_context: int) -> KvLayout:
         virtual_group=ceil_div(group, splits),
         max_context=max_context,
         blocks=ceil_div(max_context, BLOCK_POSITIONS),
+        type=type,
     )
 
 
@@ -272,7 +314,7 @@ def choose_formats(specs: Sequence[StageSpec], target: Target, formats: Mapping[
         found = join(formats.get(block.weight, PLAIN) for block in spec.linear.blocks)
         # Groups of columns follow each other without padding.
         fits = found is not None and (not found.group or spec.linear.column_group == spec.linear.column_stride)
-        return found if found is not None and fits and target.runs(found) else PLAIN
+        return (target.fit(found) if fits else None) or PLAIN
 
     each = [chosen(spec) for spec in specs]
     if target.mixed_layers:
@@ -280,18 +322,43 @@ def choose_formats(specs: Sequence[StageSpec], target: Target, formats: Mapping[
     alike: dict[str, Format | None] = {}
     for spec, format in zip(specs, each, strict=True):
         alike[spec.name] = join((alike.get(spec.name, format), format))
-    return [format if format is not None and target.runs(format) else PLAIN for format in (alike[spec.name] for spec in specs)]
+    return [target.fit(alike[spec.name]) or PLAIN for spec in specs]
+
+
+def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[Format]) -> float:
+    """How much of the largest chunk all chunks may have, so that they fill the slots of the ring best, which have one size.
+
+    Where all is 16-bit values chunks are as large as they may be.
+    """
+    linear = [(spec.linear, format) for spec, format in zip(specs, formats, strict=True) if spec.linear]
+    if target.kind == "cpu" or all(format == PLAIN for _, format in linear):
+        return 1
+    kinds = Counter((spec.columns, spec.rows, format) for spec, format in linear)
+
+    def chunks(share: float) -> tuple[float, float]:
+        """How many there are, and how well they fill the largest."""
+        nbytes = count = largest = 0.0
+        for (columns, rows, format), stages in kinds.items():
+            g = choose_geometry(target, columns, format, share)
+            sizes = [g.chunk_bytes(g.chunk_tiles, part) for part in range(g.parts)]
+            times = rows / g.chunk_tiles * stages
+            nbytes, count, largest = nbytes + sum(sizes) * times, count + g.parts * times, max(largest, *sizes)
+        return count, nbytes / (largest * count)
+
+    fewest = chunks(1)[0]
+    able = [share for share in SHARES if chunks(share)[0] <= fewest * MORE_CHUNKS]
+    return max(able, key=lambda share: (round(chunks(share)[1], 2), share))
 
 
 def make_plan(
     config: ModelConfig, graph: Graph, target: Target, max_context: int | None = None, workers: int | None = None,
-    formats: Mapping[str, Format] | None = None,
+    formats: Mapping[str, Format] | None = None, kv_type: KvType = "native",
 ) -> Plan:  # fmt: skip
     """Decide everything for `graph` on `target`.
 
     max_context: positions that the KV cache holds (default: all that the model was made for).
     workers: the device's real number of SMs or cores. formats: of the matrices that need not be expanded to 16-bit values (see
-    `formats.choose`). Raises PlanError for a model that the target cannot hold.
+    `formats.choose`). kv_type: see `KvLayout`. Raises PlanError for a model that the target cannot hold.
     """
     if workers is not None:
         if workers < 1:
@@ -300,13 +367,14 @@ def make_plan(
     context = config.max_positions if max_context is None else max_context
     if not 1 <= context <= config.max_positions:
         raise PlanError(f"max_context is {context}; this model supports 1 to {config.max_positions} positions")
-    kv = make_kv_layout(config, context)
+    kv = make_kv_layout(config, context, kv_type)
     specs = fuse(graph, kv.head_pad)
     load = [0] * target.workers
     owners = [w for w, tiles in enumerate(spread(ceil_div(config.hidden_size, target.tile_rows), target.workers)) if tiles]
     formats = formats or {}
     chosen = choose_formats(specs, target, formats)
-    stages = tuple(_assign(spec, format, target, owners, load) for spec, format in zip(specs, chosen, strict=True))
+    share = choose_share(specs, target, chosen)
+    stages = tuple(_assign(spec, format, target, share, owners, load) for spec, format in zip(specs, chosen, strict=True))
     buffers: dict[str, Buffer] = {}
     for spec in specs:
         if spec.writes and spec.writes not in buffers:
@@ -320,12 +388,11 @@ def make_plan(
     embedding = next(op.weights[0].name for op in graph.operators if op.kind == "embed")
     weights = {name: weight.shape for name, weight in graph.weights().items()}
     tied = (s.geometry.format for s in stages if s.linear and s.geometry and s.linear.blocks[0].weight == embedding)
-    table = next(tied, formats.get(embedding, PLAIN))
-    table = table if target.runs(table) else PLAIN
+    table = PLAIN if target.plain_table else next(tied, target.fit(formats.get(embedding, PLAIN)) or PLAIN)
     return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, table, weights)
 
 
-def _assign(spec: StageSpec, format: Format, target: Target, owners: list[int], load: list[int]) -> Stage:
+def _assign(spec: StageSpec, format: Format, target: Target, share: float, owners: list[int], load: list[int]) -> Stage:
     """Give the tiles of one stage to the workers; `owners` are those of the residual, `load` collects each worker's bytes."""
     stage = Stage(
         spec.name, spec.kind, spec.layer, spec.reads, spec.writes,
@@ -337,7 +404,7 @@ def _assign(spec: StageSpec, format: Format, target: Target, owners: list[int], 
     if spec.linear is None:
         count = spread(tiles, target.workers)
         return replace(stage, tiles=tiles, count=tuple(count), first=prefix(count))
-    geometry = choose_geometry(target, spec.linear.columns, format)
+    geometry = choose_geometry(target, spec.linear.columns, format, share)
     tiles = ceil_div(spec.linear.rows, target.tile_rows)
     if spec.linear.interleave:
         # A tile holds half its rows of gate, then the same rows of up.

@@ -19,6 +19,7 @@ from .quant_methods.calibration import read_text
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .plan import KvType
     from .tokenizer import Tokenizer
 
 BLOCK = 64  # positions whose distributions are held in float64 at a time
@@ -102,9 +103,11 @@ def measure(
 
 
 def quality(
-    model: str, against: str | None, text: Path, tokens: int, window: int, device: str = "auto", progress: Progress | None = None
-) -> Quality:
-    """Measure `model` on the first `tokens` tokens of a text file, and compare it with `against` if that is given.
+    model: str, against: str | None, text: Path, tokens: int, window: int, device: str = "auto", progress: Progress | None = None,
+    kv: KvType = "native",
+) -> Quality:  # fmt: skip
+    """Measure `model` with a KV cache of type `kv` on the first `tokens` tokens of a text file, and compare it with `against`, if that
+    is given, with a native one.
 
     Raises InputError for a text that cannot be used or models whose tokens differ; whatever `engine.load` raises.
     """
@@ -113,7 +116,9 @@ def quality(
 
     content = read_text(text)
     with ExitStack() as stack:
-        engines = [stack.enter_context(load(name, device, window, progress)) for name in (model, against) if name is not None]
+        engines = [stack.enter_context(load(model, device, window, progress, kv=kv))]
+        if against is not None:
+            engines.append(stack.enter_context(load(against, device, window, progress)))
         windows = cut_windows(content, engines[0].tokenizer, window, tokens)
         for other in engines[1:]:
             if engines[0].config.vocab_size != other.config.vocab_size or windows != cut_windows(content, other.tokenizer, window, tokens):

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import InputError
 
@@ -18,11 +18,24 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Record:
-    """One measurement, as it is kept in benchmarks/results."""
+class Kept:
+    """What benchmarks/results keeps files of: a measurement, or several of a kind."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What it is a measurement of: a newer one of the same takes its place."""
+        raise NotImplementedError
+
+
+R = TypeVar("R", bound=Kept)
+
+
+@dataclass
+class Record(Kept):
+    """One measurement of decoding."""
 
     model: str
-    weights: str  # their format
+    weights: str  # their format, and that of the KV cache where it is not native
     batch: int
     context: int  # positions before the first timed token
     tokens_timed: int
@@ -40,6 +53,7 @@ class Record:
     commit: str
     baselines: dict[str, float] = field(default_factory=dict)  # name -> ms per token
     baseline_versions: dict[str, str] = field(default_factory=dict)  # name -> what it was
+    tuned: dict[str, Any] = field(default_factory=dict)  # numbers of the target that `flashformer tune` had changed
 
     @property
     def ms(self) -> float:
@@ -48,18 +62,18 @@ class Record:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What it is a measurement of: a newer one of the same takes its place."""
+        """See `Kept`."""
         return self.gpu, self.model, self.weights, self.batch, self.context
 
 
-def save(records: Sequence[Record], path: Path) -> None:
-    """Merge into a file of records, which is replaced as a whole: a new record takes the place of an older one of the same.
+def save(records: Sequence[R], path: Path) -> None:
+    """Merge records (one at least) into a file, which is replaced as a whole: a new one takes the place of an older one of the same.
 
     Raises InputError if the file is there and holds something else, or cannot be written.
     """
     fresh = {r.key for r in records}
     try:
-        kept = load_records(path) if path.exists() else []
+        kept = load_records(path, type(records[0])) if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = [asdict(r) for r in [*(r for r in kept if r.key not in fresh), *records]]
         beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -69,10 +83,10 @@ def save(records: Sequence[Record], path: Path) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def load_records(path: Path) -> list[Record]:
+def load_records(path: Path, kind: type[R]) -> list[R]:
     """The records of a file. Raises InputError if it holds something else."""
     try:
-        return [Record(**r) for r in json.loads(path.read_text())]
+        return [kind(**r) for r in json.loads(path.read_text())]
     except (ValueError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a file of benchmark records ({error})") from error
 

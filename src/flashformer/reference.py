@@ -10,6 +10,7 @@ import numpy as np
 from .checkpoint import Checkpoint
 from .graph import Graph, Operator, Weight
 from .ops import State, reference_of
+from .plan import KvType
 
 BLOCK = 512  # positions that go through a layer together
 CACHE_BYTES = 2 << 30  # models whose converted weights fit into this are converted once
@@ -18,10 +19,13 @@ CACHE_BYTES = 2 << 30  # models whose converted weights fit into this are conver
 class Reference:
     """Runs a graph on the weights of a checkpoint, operator by operator. One sequence; positions in order."""
 
-    def __init__(self, graph: Graph, checkpoint: Checkpoint, dtype: Any = np.float32) -> None:
-        """`dtype` is np.float32 or np.float64. Weights are converted as they are used, and kept only if they are few."""
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, dtype: Any = np.float32, kv_type: KvType = "native") -> None:
+        """`dtype` is np.float32 or np.float64. Weights are converted as they are used, and kept only if they are few.
+
+        kv_type: keys and values are rounded as a cache of that type rounds them; "native" keeps them as they are.
+        """
         self.graph, self.checkpoint, self.dtype = graph, checkpoint, np.dtype(dtype)
-        self.state = State(checkpoint.config)
+        self.state = State(checkpoint.config, kv_type)
         total = sum(int(np.prod(w.shape)) for w in graph.weights().values()) * self.dtype.itemsize
         self._kept: dict[str, np.ndarray] | None = {} if total <= CACHE_BYTES else None
         self._last_use = {value: i for i, op in enumerate(graph.operators) for value in op.inputs}

@@ -1,7 +1,7 @@
 """The tapes of a plan: each worker's weights in exactly the order in which it reads them.
 
-A tape is a list of chunks: one part of the columns of one group of tiles of one stage. Inside a chunk the warps follow each
-other (warp = row of the group * warps_columns + column split), each with its fragments in order. An attention stage leaves a
+A tape is a list of chunks: one part of the columns of one group of tiles of one stage, or of a few groups. Inside a chunk the warps follow
+each other (warp = tile of the chunk * warps_columns + column split), each with its fragments in order. An attention stage leaves a
 marker of zero bytes: there the worker reads the KV cache, whose length only the device knows.
 """
 
@@ -50,11 +50,10 @@ class Tape:
 
 def chunk_sizes(g: Geometry, tiles: int) -> np.ndarray:
     """Bytes of the chunks with which one worker reads `tiles` tiles of a linear stage, int32 [groups * parts]."""
-    groups = ceil_div(tiles, g.warps_rows)
-    sizes = np.empty((groups, g.parts), np.int32)
-    sizes[:] = [g.chunk_bytes(g.warps_rows, part) for part in range(g.parts)]
-    if tiles % g.warps_rows:
-        sizes[-1] = [g.chunk_bytes(tiles % g.warps_rows, part) for part in range(g.parts)]
+    sizes = np.empty((ceil_div(tiles, g.chunk_tiles), g.parts), np.int32)
+    sizes[:] = [g.chunk_bytes(g.chunk_tiles, part) for part in range(g.parts)]
+    if tiles % g.chunk_tiles:
+        sizes[-1] = [g.chunk_bytes(tiles % g.chunk_tiles, part) for part in range(g.parts)]
     return sizes.reshape(-1)
 
 
@@ -107,14 +106,26 @@ def tile_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:
 
     Within a chunk, tile r of the group starts after the r tiles before it: r * warps_columns * part fragments. Scales are behind them.
     """
+    return _offsets(plan, tape, index)[0]
+
+
+def scale_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:
+    """Where the scales of each tile of linear stage `index` begin in each of its chunks, int64 [tiles, parts] in bytes."""
+    return _offsets(plan, tape, index)[1]
+
+
+def _offsets(plan: Plan, tape: Tape, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the fragments and of the scales of each tile in each chunk."""
     stage = plan.stages[index]
     g = stage.geometry
     assert g is not None
-    parts = np.array(g.part_sizes(), np.int64)
+    fragments = g.warps_columns * np.array(g.part_sizes(), np.int64) * g.fragment_bytes
+    scales = np.array([g.scale_bytes(part) for part in range(g.parts)], np.int64)
     worker = np.repeat(np.arange(len(stage.count)), stage.count)
     local = np.arange(stage.tiles) - np.array(stage.first, np.int64)[worker]
-    chunk = tape.first_chunk(index)[worker] + local // g.warps_rows * g.parts
+    chunk = tape.first_chunk(index)[worker] + local // g.chunk_tiles * g.parts
     rows = chunk[:, None] + np.arange(g.parts)[None, :]
     start = tape.offset[rows, worker[:, None]] * tape.unit
-    inside = (local % g.warps_rows)[:, None] * (g.warps_columns * parts * g.fragment_bytes)[None, :]
-    return start + inside
+    before = (local % g.chunk_tiles)[:, None]  # tiles in the same chunks
+    together = np.minimum(np.array(stage.count)[worker] - (local - local % g.chunk_tiles), g.chunk_tiles)[:, None]
+    return start + before * fragments, start + together * fragments + before * scales

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import click
 
 from .config import read_json
-from .engine import Engine
+from .engine import Engine, Result
 from .errors import FlashFormerError, InputError
 from .sampling import SamplingParams
 
@@ -33,6 +33,16 @@ def describe_stats(engine: Engine) -> str:
         f"{prompt}\n{(s.generated_tokens - 1) / s.generate_seconds:.1f} tokens/s on {engine.device.name}: {rate:.1f} GB/s, "
         f"{rate / ceiling:.0%} of the {ceiling:.1f} GB/s that a plain read reaches"
     )
+
+
+def describe_logprobs(engine: Engine, results: Sequence[Result]) -> str:
+    """The tokens of an answer with log probabilities, one a line: its own, then those of the most likely ones."""
+
+    def one(token: int, logprob: float | None) -> str:
+        return f"{engine.tokenizer.decode([token])!r} {logprob:.3f}"
+
+    lines = [" | ".join(one(*pair) for pair in ((r.token, r.logprob), *(r.top_logprobs or ()))) for r in results]
+    return "\n".join(lines)
 
 
 class Chat:
@@ -104,14 +114,17 @@ class Chat:
                 f"with this message the conversation has {len(ids)} tokens; the context holds {self.engine.max_context}; "
                 "/reset begins a new one (/save FILE keeps this one)"
             )
-        finish = None
+        finish, made = None, []
         with closing(self.engine.generate(ids, self.params)) as results:
             for result in results:
                 pieces.append(result.text)
+                made.append(result)
                 finish = result.finish
                 click.echo(result.text, nl=False)
                 sys.stdout.flush()
         click.echo()
+        if self.params.logprobs is not None:
+            _tell(describe_logprobs(self.engine, made))
         if finish == "length" and len(pieces) > room:
             context = self.engine.max_context
             _tell(f"The context of {context} tokens is full: /reset begins a new conversation (/save FILE keeps this one).")

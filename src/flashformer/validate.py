@@ -20,8 +20,9 @@ from collections import Counter
 import numpy as np
 
 from .errors import PlanError
+from .formats import PLAIN
 from .fuse import LinearSpec
-from .plan import BLOCK_POSITIONS, COLUMN_HEADS, HEAD_MULTIPLE, Geometry, Plan, Stage, ceil_div, round_up
+from .plan import BLOCK_POSITIONS, COLUMN_HEADS, COPY_UNIT, HEAD_MULTIPLE, KV_TYPES, SCALE_ROOM, Geometry, Plan, Stage, ceil_div, round_up
 from .tape import Tape, block_rows, lay_tapes
 
 # The stages as the kernels walk them: (name, kind, what a linear stage does with its result).
@@ -74,9 +75,9 @@ def _slot_bytes(plan: Plan) -> int:
     """Bytes of a slot of the ring through which a GPU's workers read; on a CPU there is none, and no limit."""
     if plan.target.kind == "cpu":
         return 1 << 31
-    from .backends.cuda.codegen import SLOT_BYTES
+    from .backends.cuda.codegen import LARGEST_SLOT_BYTES, SLOT_BYTES
 
-    return SLOT_BYTES
+    return SLOT_BYTES if all(g.format == PLAIN for _, _, g in _linear(plan)) else LARGEST_SLOT_BYTES
 
 
 # --- Stages and their workers ----------------------------------------------------------------------------------------------
@@ -151,7 +152,9 @@ def _geometry_fits(plan: Plan) -> None:
     t, slot = plan.target, _slot_bytes(plan)
     for s, spec, g in _linear(plan):
         sizes = g.part_sizes() if 1 <= g.parts <= g.fragments else (0,)
-        chunk = max(_chunk_bytes(g, g.warps_rows), default=0)
+        chunk = max(_chunk_bytes(g, g.chunk_tiles), default=0)
+        most = t.max_fragments * t.fragment_columns // g.fragment_columns
+        in_chunk = max(int(t.part_fragments * t.tile_rows * t.fragment_columns * 2 * (1 + SCALE_ROOM)) // g.fragment_bytes, 1)
         ends = (np.arange(g.warps_columns)[:, None] * g.fragments + np.cumsum(sizes)).reshape(-1) * g.fragment_columns
         for wrong, what in (
             (not t.runs(g.format), f"{t.name} has no kernel for {g.format.name}"),
@@ -162,9 +165,10 @@ def _geometry_fits(plan: Plan) -> None:
             (g.format.group > 0 and spec.column_group != spec.column_stride, f"groups of {g.format.group} columns with padding between"),
             (g.format.group > 0 and (ends[:-1] % g.format.group != 0).any(), f"a part ends inside a group of {g.format.group} columns"),
             (g.warps_rows < 1 or g.warps_rows * g.warps_columns != t.warps, f"it does not share out {t.warps} warps"),
-            (not 1 <= g.fragments <= t.max_fragments, f"{g.fragments} fragments a warp, which holds 1 to {t.max_fragments}"),
+            (not 1 <= g.fragments <= most, f"{g.fragments} fragments a warp, which holds 1 to {most}"),
+            (g.stack < 1 or (g.stack > 1 and g.parts > 1), f"{g.stack} groups in a chunk of one part of {g.parts}"),
             (sum(sizes) != g.fragments, f"{g.fragments} fragments cannot be read in {g.parts} parts"),
-            (max(sizes) > t.part_fragments, f"parts of {max(sizes)} fragments; a chunk holds {t.part_fragments} of a warp"),
+            (max(sizes) > in_chunk, f"parts of {max(sizes)} fragments; a chunk holds {in_chunk} of a warp"),
             (chunk > slot, f"chunks of {chunk} bytes; a slot of the ring holds {slot}"),
             (g.columns < spec.columns, f"{g.columns} of {spec.columns} columns are covered"),
             (g.fragment_bytes % t.chunk_unit != 0, f"fragments of {g.fragment_bytes} bytes are not aligned to {t.chunk_unit}"),
@@ -198,6 +202,8 @@ def _weights_used_once(plan: Plan) -> None:
     if plan.weights.get(plan.embedding) != table:
         raise PlanError(f"the embedding table {plan.embedding!r} is no weight of the shape {list(table)}")
     tied = [g.format for _, spec, g in _linear(plan) if any(b.weight == plan.embedding for b in spec.blocks)]
+    if plan.target.plain_table:
+        tied = [PLAIN]
     if not plan.target.runs(plan.embedding_format) or any(format != plan.embedding_format for format in tied):
         raise PlanError(f"the rows of {plan.embedding} cannot be looked up in {plan.embedding_format.name}")
     if lost := sorted(plan.weights.keys() - used - {plan.embedding}):
@@ -240,6 +246,8 @@ def _kv_fits(plan: Plan) -> None:
         (kv.max_context != plan.max_context, f"made for {kv.max_context} positions, the plan for {plan.max_context}"),
         (not 1 <= plan.max_context <= c.max_positions, f"{plan.max_context} positions; the model supports 1 to {c.max_positions}"),
         (kv.blocks * BLOCK_POSITIONS < kv.max_context, f"{kv.blocks} blocks are too few for {kv.max_context} positions"),
+        (kv.type not in KV_TYPES, f"its type is {kv.type!r}; known are {', '.join(KV_TYPES)}"),
+        (kv.block_bytes % COPY_UNIT != 0, f"blocks of {kv.block_bytes} bytes cannot be copied {COPY_UNIT} at once"),
         (kv.block_bytes > slot, f"heads of {kv.head_dim} are too large: a block has {kv.block_bytes} bytes, a slot of the ring {slot}"),
         (plan.target.kind == "cuda" and counted >= 1 << 32, f"{plan.max_context} positions are more than 32 bits can share out"),
     ):
@@ -380,12 +388,12 @@ def _chunk_bytes(g: Geometry, tiles: int) -> list[int]:
             return (part == g.parts - 1) * g.format.group_bytes
         return g.warps_columns * ceil_div(fragments * g.fragment_columns, g.format.group) * g.format.group_bytes
 
-    groups = [min(g.warps_rows, tiles - first) for first in range(0, tiles, g.warps_rows)]
+    together = [min(g.chunk_tiles, tiles - first) for first in range(0, tiles, g.chunk_tiles)]
     sizes = [
         g.warps_columns * fragments * g.fragment_bytes + g.tile_rows * scales(part, fragments)
         for part, fragments in enumerate(g.part_sizes())
     ]
-    return [round_up(in_group * size, g.chunk_unit) for in_group in groups for size in sizes]
+    return [round_up(in_group * size, g.chunk_unit) for in_group in together for size in sizes]
 
 
 def _chunks_hold_the_tiles(plan: Plan, tape: Tape) -> None:

@@ -8,6 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
+from .sampling import Sampling, Scores
+
+GREEDY = Sampling()
 Progress = Callable[[str, int, int], None]  # what is being done, how much is done, of how much
 
 
@@ -32,9 +35,17 @@ class Runner(Protocol):
 
     stats: RunStats
 
-    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Generator[int, None, None]:
-        """Feed `tokens` (at least one) at positions start, start + 1, ...; then yield up to `count` greedy tokens as they
-        are made. A token of `stop` is yielded too and ends the launch. Closing the iterator early stops the kernel."""
+    def generate(
+        self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
+    ) -> Generator[int, None, None]:
+        """Feed `tokens` (at least one) at positions start, start + 1, ...; then yield up to `count` tokens as they are made,
+        chosen as `sampling` says. A token of `stop` is yielded too and ends the launch. Closing the iterator early stops the kernel.
+
+        Raises DeviceError where logits are not finite or no token is allowed, naming the position."""
+        ...
+
+    def scores(self, index: int) -> Scores:
+        """Log probabilities of the token that the present or last `generate` yielded as number `index`, if its sampling asked for them."""
         ...
 
     def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:

@@ -51,5 +51,5 @@ def build_decoder(config: ModelConfig) -> Graph:
     n = rmsnorm(x, "model.norm.weight")
     head = embedding if c.tied_embeddings else Weight("lm_head.weight", (c.vocab_size, c.hidden_size))
     logits = g.add("linear", n, size=c.vocab_size, weights=(head,))
-    g.add("argmax", logits, size=1)
+    g.add("sample", logits, size=1)
     return g.build()

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..graph import Operator
+from ..plan import KvType
 
 
 @dataclass
@@ -22,6 +23,7 @@ class State:
     """What a sequence leaves behind for its later positions, and where it is."""
 
     config: ModelConfig
+    kv_type: KvType = "native"  # what the cache keeps of keys and values
     start: int = 0  # position of the first row of the block
     keys: dict[int, np.ndarray] = field(default_factory=dict)  # by layer: [positions, kv_heads, head_dim]
     values: dict[int, np.ndarray] = field(default_factory=dict)

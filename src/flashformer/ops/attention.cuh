@@ -1,13 +1,14 @@
 // Attention over the KV cache, split over all blocks by bytes.
 //
-// A block of the cache is 16 positions of one head: keys as A operands (rows = positions, one fragment per 16 dims), then values
-// as A operands (rows = dims, columns = positions). The query heads that share the kv head are the columns of B. Each warp
-// takes every eighth block and keeps its own running softmax; the warps meet in shared memory, and the block publishes one
-// partial result (maximum, sum, unnormalised output) per head. `Combine` joins the partials of all blocks.
+// A block of the cache is 16 positions of one head (see kv.cuh). The query heads that share the kv head are the columns of B. Each
+// warp takes every eighth block and keeps its own running softmax; the warps meet in shared memory, and the block publishes one
+// partial result (reference, sum, unnormalised output) per head. `Combine` joins the partials of all blocks. The reference, which
+// weights are relative to, is the largest score, or the largest logarithm of a weight times the scale of its value.
 //
 // This token's own key and value never come from the cache: the block with the head's last piece computes them, appends them,
 // and adds them as one more partial.
 #pragma once
+#include "kv.cuh"
 #include "stream.cuh"
 
 // Where the values of query head, key head, value head lie in the qkv vector, and which heads a virtual head serves.
@@ -25,22 +26,10 @@ struct Heads {
   static constexpr int kValues = kKeys + M::kKvHeads * M::kHeadPad;
 };
 
-// Byte of (position, dim) in a block of the cache.
-template <class M>
-struct KvBlock {
-  static FF_DEVICE u32 key(u32 position, u32 dim) {
-    const u32 in = dim & 15;  // lane t holds dims 4t..4t+3 of a step: the same order as the query's registers
-    return (dim >> 4) * 512 + ((position & 7) * 4 + (in >> 2)) * 16 + ((in >> 1 & 1) * 2 + (position >> 3)) * 4 + (in & 1) * 2;
-  }
-  static FF_DEVICE u32 value(u32 position, u32 dim) {
-    return M::kHeadPad * 32 + (dim >> 4) * 512 + ((dim & 7) * 4 + (position >> 1 & 3)) * 16 +
-           ((position >> 3) * 2 + (dim >> 3 & 1)) * 4 + (position & 1) * 2;
-  }
-};
-
 template <class M, class S>
 struct Attention {
-  using T = typename M::Value;
+  using Kv = KvBlock<M>;
+  using T = typename Kv::Operand;
   using L = Layout<M>;
   static constexpr int kSteps = M::kHeadPad / 16;                // matrix instructions per head vector
   static constexpr bool kHold = kSteps <= 8;                     // the query stays in registers
@@ -159,7 +148,7 @@ struct Attention {
     }
   }
 
-  // What the cache will give back: the value rounded to 16 bits.
+  // What a matrix instruction sees of a query's value.
   static FF_DEVICE float rounded(float x) { return T::unpack((u16)T::pack(x, 0)); }
 
   // Warp w: query head w of this piece into shared memory; with the newest position also its score against this token's key.
@@ -185,6 +174,7 @@ struct Attention {
       }
       normalise(v[0], kEarly ? query_norm : norm_weights(c, layer, M::kQueryNorm));
       rotate(v[0], turn);
+      Kv::mix(v[0].low, v[0].high, c.lane, 1.f / M::kKvMixed);
       const u32 at = c.shared + L::kQuery + c.warp * L::kQueryStride;
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
@@ -195,35 +185,38 @@ struct Attention {
       if (newest) {
         normalise(v[1], kEarly ? key_norm : norm_weights(c, layer, M::kKeyNorm));
         rotate(v[1], turn);
+        Kv::mix(v[1].low, v[1].high, c.lane);
+        const auto scale = Kv::scale_of(v[1].low, v[1].high);
         float score = 0;
 #pragma unroll
         for (int r = 0; r < kPairs; r++)
-          score += rounded(v[0].low[r]) * rounded(v[1].low[r]) + rounded(v[0].high[r]) * rounded(v[1].high[r]);
+          score += rounded(v[0].low[r]) * Kv::rounded(v[1].low[r], scale) + rounded(v[0].high[r]) * Kv::rounded(v[1].high[r], scale);
         score = warp_sum(score);
         if (c.lane == 0) store_shared_float(c.shared + L::kNewScore + c.warp * 4, score * M::kScoreScale);
-        if (c.warp == 0 && head % M::kVirtualSplits == 0) append<false>(c, v[1], layer, kv_head, position);
+        if (c.warp == 0 && head % M::kVirtualSplits == 0) append<false>(c, v[1], scale, layer, kv_head, position);
       }
     }
     if (newest && c.warp == value_warp(queries)) {
       Vector v[1];
       gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, tag);
+      const auto scale = Kv::scale_of(v[0].low, v[0].high);
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
         if (has(c.lane, r)) {
-          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r) * 4, rounded(v[0].low[r]));
-          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r + M::kHeadDim / 2) * 4, rounded(v[0].high[r]));
+          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r) * 4, Kv::rounded(v[0].low[r], scale));
+          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r + M::kHeadDim / 2) * 4, Kv::rounded(v[0].high[r], scale));
         }
-      if (head % M::kVirtualSplits == 0) append<true>(c, v[0], layer, kv_head, position);
+      if (head % M::kVirtualSplits == 0) append<true>(c, v[0], scale, layer, kv_head, position);
     }
   }
 
   template <bool kIsValue>
-  static FF_DEVICE void append(Consumer<M>& c, const Vector& v, u32 layer, u32 kv_head, u32 position) {
+  static FF_DEVICE void append(Consumer<M>& c, const Vector& v, const typename Kv::Scale& scale, u32 layer, u32 kv_head, u32 position) {
     asm volatile("" : "+r"(position));  // or the offsets below would be computed for all pieces at once, and spill
     u8* block = c.p.kv + (((u64)layer * M::kKvHeads + kv_head) * c.p.kv_blocks + position / 16) * M::kKvBlockBytes;
     auto put = [&](u32 dim, float x) {
-      const u32 at = kIsValue ? KvBlock<M>::value(position & 15, dim) : KvBlock<M>::key(position & 15, dim);
-      *(u16*)(block + at) = (u16)T::pack(x, 0);
+      const u32 at = kIsValue ? Kv::value(position & 15, dim) : Kv::key(position & 15, dim);
+      Kv::put(block, at, x, scale);
     };
 #pragma unroll
     for (int r = 0; r < kPairs; r++)
@@ -231,6 +224,7 @@ struct Attention {
         put(c.lane + 32 * r, v.low[r]);
         put(c.lane + 32 * r + M::kHeadDim / 2, v.high[r]);
       }
+    if (c.lane == 0) Kv::template put_scale<kIsValue>(block, position & 15, scale);
   }
 
   // Blocks first..first + count of a head: each warp its own, with a softmax of its own, ending in shared memory.
@@ -250,28 +244,46 @@ struct Attention {
       c.acquire();
 #pragma unroll 1
       for (u32 b = (c.warp - done) % kConsumers; b < M::kKvChunkBlocks && done + b < count; b += kConsumers) {
-        const u32 at = c.chunk_address() + b * M::kKvBlockBytes + c.lane * 16;
+        const typename Kv::Reader block(c.chunk_address() + b * M::kKvBlockBytes, c.lane);
         float s[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int j = 0; j < kSteps; j++) {
-          const uint2 x = kHold ? q[kHold ? j : 0] : load_shared2(query + j * 32);
-          mma<T>(s, load_shared4(at + j * 512), x.x, x.y);
+        for (int j = 0; j < kSteps; j += Kv::kSteps) {
+          uint4 keys[Kv::kSteps];
+          block.keys(keys, j);
+#pragma unroll
+          for (int k = j; k < j + Kv::kSteps && k < kSteps; k++) {
+            const uint2 x = kHold ? q[kHold ? k : 0] : load_shared2(query + k * 32);
+            mma<T>(s, keys[k - j], x.x, x.y);
+          }
         }
         const u32 p = (first + done + b) * 16 + g;  // position of rows g; rows g + 8 follow
         const bool low = p < position, high = p + 8 < position;
+        const float2 scale = block.score_scale(), raise = block.value_scale();
 #pragma unroll
         for (int i = 0; i < 2; i++) {  // this lane's query heads 2t and 2t + 1
-          s[i] = low ? s[i] * M::kScoreScale : kNever;
-          s[i + 2] = high ? s[i + 2] * M::kScoreScale : kNever;
-          float most = fmaxf(s[i], s[i + 2]);
+          s[i] = low ? s[i] * scale.x : kNever;
+          s[i + 2] = high ? s[i + 2] * scale.y : kNever;
+          float weight[2] = {s[i], s[i + 2]};  // logarithms, with the scales of the values
+          if constexpr (Kv::kScaled) {
+            weight[0] = low ? s[i] + raise.x : kNever;
+            weight[1] = high ? s[i + 2] + raise.y : kNever;
+          }
+          float most = fmaxf(weight[0], weight[1]);
 #pragma unroll
           for (int o = 16; o >= 4; o >>= 1) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, o));
           most = fmaxf(most, top[i]);
           const float shrink = exp2_approx(top[i] - most);
           top[i] = most;
-          s[i] = low ? exp2_approx(s[i] - most) : 0;
-          s[i + 2] = high ? exp2_approx(s[i + 2] - most) : 0;
-          sum[i] = sum[i] * shrink + (s[i] + s[i + 2]);
+          weight[0] = low ? exp2_approx(weight[0] - most) : 0;
+          weight[1] = high ? exp2_approx(weight[1] - most) : 0;
+          float plain[2] = {weight[0], weight[1]};  // without those scales
+          if constexpr (Kv::kScaled) {
+            plain[0] = low ? exp2_approx(s[i] - most) : 0;
+            plain[1] = high ? exp2_approx(s[i + 2] - most) : 0;
+          }
+          sum[i] = sum[i] * shrink + (plain[0] + plain[1]);
+          s[i] = weight[0];
+          s[i + 2] = weight[1];
 #pragma unroll
           for (int j = 0; j < kSteps; j++) {
             out[j][i] *= shrink;
@@ -279,17 +291,14 @@ struct Attention {
           }
         }
         const u32 b0 = transpose8x8(T::pack(s[0], s[1])), b1 = transpose8x8(T::pack(s[2], s[3]));
-        // NOTE: weights are zero where there is no position yet, but what an earlier text left there may be a NaN.
         const u32 at_value = (first + done + b) * 16 + 2 * t;
         const u32 mask0 = value_mask(at_value, position), mask1 = value_mask(at_value + 8, position);
 #pragma unroll
-        for (int j = 0; j < kSteps; j++) {
-          uint4 v = load_shared4(at + M::kHeadPad * 32 + j * 512);
-          v.x &= mask0;
-          v.y &= mask0;
-          v.z &= mask1;
-          v.w &= mask1;
-          mma<T>(out[j], v, b0, b1);
+        for (int j = 0; j < kSteps; j += Kv::kSteps) {
+          uint4 values[Kv::kSteps];
+          block.values(values, j, mask0, mask1);
+#pragma unroll
+          for (int k = j; k < j + Kv::kSteps && k < kSteps; k++) mma<T>(out[k], values[k - j], b0, b1);
         }
       }
       c.release();

@@ -1,16 +1,13 @@
 // Attention of one token: kv heads x blocks of the KV cache are cut into equal runs, one a worker; `Combine` joins the parts.
-//
-// A block holds 16 positions: first the keys (a line is two dimensions of 16 positions), then the values (a line is 16
-// dimensions of two positions), so that scores and sums need no shuffles.
 #pragma once
 #include <algorithm>
 #include <limits>
 
+#include "kv.h"
 #include "rmsnorm.h"
 #include "rope.h"
 #include "worker.h"
 
-constexpr int kBlockPositions = kHalf;
 constexpr int kChunkBlocks = 16;  // whose scores are held at a time
 constexpr int kChunk = kChunkBlocks * kBlockPositions;
 
@@ -34,11 +31,11 @@ inline float* partial(const Worker<M>& w, u64 worker, u64 piece) {
 template <class M, class S>
 struct Attention {
   using Stage = S;
-  using V = typename M::Value;
+  using Kv = KvBlock<M>;
   static constexpr int kQ = M::kQueries;
   static constexpr int kVectors = kQ <= 4 ? kHalf / kLanes : 1;  // independent sums that fit the registers
   static constexpr int kStep = kVectors * kLanes;
-  static constexpr int kKeyLines = M::kHeadPad / 2, kColumns = M::kHeadPad / kHalf;
+  static constexpr int kColumns = M::kHeadPad / kHalf;
 
   static void run(Worker<M>& w, u32 layer) {
     const Share<M> share(w.position);
@@ -77,27 +74,22 @@ struct Attention {
       if (g >= M::kGroup) continue;
       std::memcpy(query, from, M::kHeadDim * sizeof(float));
       turn(w, query, w.layer_vectors(layer) + M::kQueryNorm);
+      Kv::mix(query, 1.0f / M::kKvMixed);
       for (int d = 0; d < M::kHeadDim; d++) query[d] *= M::kScoreScale;
     }
   }
 
   // Key and value of the present position go into the cache.
   static void append(const Worker<M>& w, u32 layer, u32 head) {
-    u16* block = w.kv_block(layer, head, w.position / kBlockPositions);
+    u8* block = w.kv_block(layer, head, w.position / kBlockPositions);
     const int at = w.position % kBlockPositions;
     const float* from = w.values(S::kInput) + (M::kHeads + head) * M::kHeadPad;
     float* key = w.scratch();
     std::memcpy(key, from, M::kHeadDim * sizeof(float));
     turn(w, key, w.layer_vectors(layer) + M::kKeyNorm);
-    for (int d = 0; d < M::kHeadDim; d++) block[d / 2 * kLine + V::place(d % 2, at)] = V::narrow(key[d]);
-    const float* value = from + M::kKvHeads * M::kHeadPad;
-    u16* lines = block + (kKeyLines + at / 2 * kColumns) * kLine;
-    for (int d = 0; d < M::kHeadDim; d++) {
-      u16* line = lines + d / kHalf * kLine;
-      line[V::place(at % 2, d % kHalf)] = V::narrow(value[d]);
-      // NOTE: the other position of this line is read with weight zero, and what an earlier text left there may be a NaN.
-      if (at % 2 == 0) line[V::place(1, d % kHalf)] = 0;
-    }
+    Kv::mix(key);
+    Kv::put_key(block, at, key);
+    Kv::put_value(block, at, from + M::kKvHeads * M::kHeadPad);
   }
 
   // Softmax over the positions of blocks [first, last) as far as they exist, and the sum of their values, for kQ heads.
@@ -111,25 +103,37 @@ struct Attention {
     for (u32 chunk = first; chunk < last; chunk += kChunkBlocks) {
       const u32 end = std::min(chunk + kChunkBlocks, last);
       const int positions = int(std::min(end * kBlockPositions, w.position + 1) - chunk * kBlockPositions);
-      for (u32 block = chunk; block < end; block++) score(scores, (block - chunk) * kBlockPositions, query, w.kv_block(layer, head, block));
-      for (int g = 0; g < kQ; g++) weigh(scores[g], positions, out + g * M::kPartial);
+      const u8* blocks = w.kv_block(layer, head, chunk);
+      for (u32 block = 0; block < end - chunk; block++) score(scores, block * kBlockPositions, query, blocks + block * M::kKvBlockBytes);
+      for (int g = 0; g < kQ; g++) {
+        each_block(positions, blocks, [&](int at, int count, const u8* block) { Kv::scale_keys(scores[g] + at, count, block); });
+        weigh(scores[g], positions, out + g * M::kPartial);
+        each_block(positions, blocks, [&](int at, int count, const u8* block) { Kv::scale_values(scores[g] + at, count, block); });
+      }
       for (int c = 0; c < kColumns; c++)
-        for (int i = 0; i < kHalf; i += kStep) gather(out + c * kHalf + i, scores, positions, w.kv_block(layer, head, chunk), c, i);
+        for (int i = 0; i < kHalf; i += kStep) gather(out + c * kHalf + i, scores, positions, blocks, c, i);
     }
   }
 
+  // Calls `work` with the first position of each block, how many there are in it, and the block.
+  template <class Work>
+  static void each_block(int positions, const u8* block, const Work& work) {
+    for (int at = 0; at < positions; at += kBlockPositions, block += M::kKvBlockBytes)
+      work(at, std::min(positions - at, kBlockPositions), block);
+  }
+
   // NOTE: keys and values take turns, in which hardware prefetchers lose their way: each line fetches that of the next chunk.
-  static void prefetch_next(const u16* line) { prefetch(line + kChunkBlocks * M::kKvBlockBytes / 2); }
+  static void prefetch_next(const u8* line) { prefetch(line + kChunkBlocks * M::kKvBlockBytes); }
 
   // Scores of the 16 positions of one block.
-  static void score(float (&scores)[kQ][kChunk], int at, const float* query, const u16* keys) {
+  static void score(float (&scores)[kQ][kChunk], int at, const float* query, const u8* block) {
     for (int i = 0; i < kHalf; i += kStep) {
       Vec total[kQ][kVectors] = {};
       for (int d = 0; d < M::kHeadDim; d += 2) {
-        prefetch_next(keys + d / 2 * kLine);
+        prefetch_next(block + Kv::key_bytes(d));
         for (int v = 0; v < kVectors; v++) {
           Vec even, odd;
-          V::load(keys + d / 2 * kLine, i + v * kLanes, even, odd);
+          Kv::keys(block, d, i + v * kLanes, even, odd);
           for (int g = 0; g < kQ; g++) {
             total[g][v] += even * query[g * M::kHeadPad + d];
             total[g][v] += odd * query[g * M::kHeadPad + d + 1];
@@ -158,16 +162,16 @@ struct Attention {
   }
 
   // out[g] += weights x values, for kStep dimensions from i on of column block c.
-  static void gather(float* out, const float (&weights)[kQ][kChunk], int positions, const u16* block, int c, int i) {
+  static void gather(float* out, const float (&weights)[kQ][kChunk], int positions, const u8* blocks, int c, int i) {
     Vec total[kQ][kVectors];
     for (int g = 0; g < kQ; g++)
       for (int v = 0; v < kVectors; v++) total[g][v] = load(out + g * M::kPartial + v * kLanes);
     for (int j = 0; j < positions; j += 2) {
-      const u16* line = block + u64(j / kBlockPositions) * (M::kKvBlockBytes / 2) + (kKeyLines + j % kBlockPositions / 2 * kColumns + c) * kLine;
-      prefetch_next(line);
+      const u8* block = blocks + u64(j / kBlockPositions) * M::kKvBlockBytes;
+      prefetch_next(block + Kv::value_bytes(j % kBlockPositions, c));
       for (int v = 0; v < kVectors; v++) {
         Vec even, odd;
-        V::load(line, i + v * kLanes, even, odd);
+        Kv::values(block, j % kBlockPositions, c, i + v * kLanes, even, odd);
         for (int g = 0; g < kQ; g++) {
           total[g][v] += even * weights[g][j];
           total[g][v] += odd * weights[g][j + 1];

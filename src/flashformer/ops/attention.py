@@ -3,19 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ..graph import Operator
+from ..plan import LEAST_SCALE, KvType
 from . import State
 
 ROWS = 128  # positions whose scores are held at a time
+CODES: dict[KvType, tuple[np.dtype[Any], float]] = {  # type of the codes and the largest of them
+    "int8": (np.dtype(np.int8), 127.0),
+    "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), 448.0),
+}
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """A Hadamard transform of vectors [..., head_dim] in groups of 2 n dimensions: n, a power of two, of each half.
+
+    Applied twice it is a multiplication by 2 n.
+    """
+    half = x.shape[-1] // 2
+    hadamard = np.ones((1, 1), x.dtype)
+    while half % (2 * len(hadamard)) == 0:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    low, high = x[..., :half], x[..., half:]
+    groups = np.stack((low + high, low - high), axis=-2).reshape(*x.shape[:-1], -1, len(hadamard))
+    return np.asarray((groups @ hadamard).reshape(x.shape))
+
+
+def encode(x: np.ndarray, kv_type: KvType) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [..., head_dim] of vectors of that shape in a cache of type int8 or fp8, and their scales in bfloat16 [..., 1].
+
+    The largest value of a vector has the largest code. A scale is not finite where any value is not.
+    """
+    dtype, largest = CODES[kv_type]
+    wanted = np.abs(x).max(axis=-1, keepdims=True) * x.dtype.type(1 / largest)
+    scale = np.maximum(wanted, x.dtype.type(LEAST_SCALE)).astype(ml_dtypes.bfloat16)
+    with np.errstate(invalid="ignore"):  # what is not finite has some code
+        codes = x / scale.astype(x.dtype)
+        return (np.rint(codes) if kv_type == "int8" else codes).astype(dtype), scale
+
+
+def round_trip(x: np.ndarray, kv_type: KvType) -> np.ndarray:
+    """What a cache of type int8 or fp8 gives back of vectors [..., head_dim]."""
+    codes, scale = encode(x, kv_type)
+    return codes.astype(x.dtype) * np.where(np.isfinite(scale), scale.astype(x.dtype), x.dtype.type(np.nan))
 
 
 def reference(op: Operator, inputs: Sequence[np.ndarray], weights: Sequence[np.ndarray], state: State) -> np.ndarray:
     """Softmax(q k^T / sqrt(head_dim)) v over all positions up to each one; keeps this block's keys and values in `state`."""
     head_dim, kv_heads = op.attributes["head_dim"], op.attributes["kv_heads"]
     q, k, v = (x.reshape(len(x), -1, head_dim) for x in inputs)
+    if state.kv_type != "native":
+        k = mix(round_trip(mix(k), state.kv_type)) / q.dtype.type(head_dim & -head_dim)
+        v = round_trip(v, state.kv_type)
     keys = state.keys[op.layer] = np.concatenate((state.keys[op.layer][: state.start], k)) if state.start else k
     values = state.values[op.layer] = np.concatenate((state.values[op.layer][: state.start], v)) if state.start else v
     group = q.shape[1] // kv_heads

@@ -1,10 +1,11 @@
-// A linear stage: y = W x, and what is folded into it (RMSNorm scale, bias, SwiGLU, residual, greedy candidate).
+// A linear stage: y = W x, and what is folded into it (RMSNorm scale, bias, SwiGLU, residual, candidate for the next token).
 //
-// A tile is 8 rows. A fragment is 8 rows x 32 columns: one A operand (16 x 16) whose rows 0-7 are the tile at one step of 16
-// columns and whose rows 8-15 are the same tile at the next step. x is the B operand: column n holds step n of a slice of 128,
-// so that x costs two registers a lane for 128 values, and a row's sum is what lands on the diagonal.
+// A tile is 8 rows. A fragment is 8 rows x 32 columns of 16-bit values: one A operand (16 x 16) whose rows 0-7 are the tile at one step
+// of 16 columns and whose rows 8-15 are the same tile at the next step. x is the B operand: column n holds step n of a slice of 128,
+// so that x costs two registers a lane for 128 values, and a row's sum is what lands on the diagonal. Fragments of codes: codes.cuh.
 #pragma once
-#include "roles.cuh"
+#include "integers.cuh"
+#include "sample.cuh"
 
 enum class Epilogue { kStore, kSwiglu, kResidual, kLogits };
 
@@ -14,9 +15,9 @@ FF_DEVICE constexpr int part_size(int fragments, int parts, int part) { return f
 // This warp's columns of x as B operands. Lane (g, t) of slice c holds x[128 c + 16 g + 4 t ...+3].
 template <class S>
 struct Operand {
-  static constexpr int kSlices = ceil_div(S::kFragments, 4);
-  static constexpr int kWarpColumns = S::kFragments * 32;
-  static constexpr bool kWhole = S::kColumns == S::kWarpsColumns * kWarpColumns && S::kFragments % 4 == 0;
+  static constexpr int kWarpColumns = S::kFragments * S::kFragmentColumns;
+  static constexpr int kSlices = ceil_div(kWarpColumns, 128);
+  static constexpr bool kWhole = S::kColumns == S::kWarpsColumns * kWarpColumns && kWarpColumns % 128 == 0;
   u32 value[kSlices][2];
 
   // Poll for this warp's part of the input vector, straight into the registers that multiply it.
@@ -82,6 +83,16 @@ FF_DEVICE float norm_scale(const Finisher<M>& f, u32 tag) {
   return rsqrtf(warp_sum(total) / M::kHidden + S::kEps);
 }
 
+// How codes are multiplied: as integers where they are some, else as fp16 values.
+template <class M, class S, bool kInteger = S::Format::Code::kInteger>
+struct ProductOf {
+  using Type = CodedProduct<M, S>;
+};
+template <class M, class S>
+struct ProductOf<M, S, true> {
+  using Type = IntegerProduct<M, S>;
+};
+
 template <class M, class S>
 struct Linear {
   using T = typename M::Value;
@@ -98,13 +109,17 @@ struct Linear {
     x.gather(c, c.tag(step, layer));
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
-    u32 octet = c.lane >> 3;
+    if constexpr (S::kCoded) {
+      multiply_codes(c, x, tiles, groups);
+    } else {
+      u32 octet = c.lane >> 3;
 #pragma unroll 1
-    for (u32 group = 0; group < groups; group++) {
-      float d[2][4] = {};
-      if constexpr (S::kFragments > 16) asm volatile("" : "+r"(octet));  // keep masks in the loop: hoisted, they would spill
-      multiply<0, 0>(c, x, d, octet);
-      c.hand_over((d[0][0] + d[0][3]) + (d[1][0] + d[1][3]));
+      for (u32 group = 0; group < groups; group++) {
+        float d[2][4] = {};
+        if constexpr (S::kFragments > 16) asm volatile("" : "+r"(octet));  // keep masks in the loop: hoisted, they would spill
+        multiply<0, 0>(c, x, d, octet);
+        c.hand_over((d[0][0] + d[0][3]) + (d[1][0] + d[1][3]));
+      }
     }
   }
 
@@ -112,20 +127,21 @@ struct Linear {
     f.enter(S::kWhere, layer);
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const uint2 tiles = f.tiles(S::tile_word(layer));
-    const u32 groups = (tiles.y + S::kWarpsRows - 1) / S::kWarpsRows;
+    const u32 groups = (tiles.y + S::kWarpsRows - 1) / S::kWarpsRows, turns = (groups + kTogether - 1) / kTogether;
     const u32 tag = f.tag(step, layer);
     const u32 out_tag = S::kNextLayer ? tag + 1 : tag;
     float scale = 1;
     if constexpr (S::kEpilogue == Epilogue::kResidual) f.await_gamma();
-    u32 group = f.turn;
+    u32 turn = f.turn;
     if constexpr (S::kNorm)
-      if (group < groups) scale = norm_scale<M, S>(f, tag);
+      if (turn < turns) scale = norm_scale<M, S>(f, tag);
 #pragma unroll 1
-    for (; group < groups; group += M::kFinishers) {
-      // Which tile and row this lane finishes: after the sums below, the octets of the warp hold up to four tiles of a pass.
+    for (; turn < turns; turn += M::kFinishers) {
+      // Which tile and row this lane finishes: after the sums below, the octets of the warp hold up to four tiles of a pass, and of codes
+      // lane (g, t) has row g of tile t of a pass.
       // NOTE: all that does not need the sums comes before the wait for them.
-      constexpr int kPasses = S::kWarpsColumns == 1 ? 2 : 1;
-      const u32 octet = f.lane >> 3, row = f.lane & 7;
+      constexpr int kPasses = S::kCoded ? S::kWarpsRows : S::kWarpsColumns == 1 ? 2 : 1;
+      const u32 octet = f.lane >> 3, row = S::kCoded ? f.lane >> 2 : f.lane & 7;
       u32 tile[kPasses];
       float bias[kPasses], residual[kPasses], gamma[kPasses];
       bool mine[kPasses];
@@ -135,9 +151,14 @@ struct Linear {
                              : S::kWarpsColumns == 4 ? octet & 1
                              : S::kWarpsColumns == 2 ? (octet >> 1) + 2 * (octet & 1)
                                                      : octet + 4 * pass;
-        const u32 local = group * S::kWarpsRows + in_group;
-        tile[pass] = tiles.x + local;
+        u32 local = turn * S::kWarpsRows + in_group;
         mine[pass] = local < tiles.y && octet < (S::kWarpsRows < 4 ? S::kWarpsRows : 4);
+        if constexpr (S::kCoded) {  // the last groups of a turn are in the last quarters
+          const u32 end = (turn + 1) * kTogether < groups ? (turn + 1) * kTogether : groups, group = end + (f.lane & 3) - kTogether;
+          local = group * S::kWarpsRows + pass;
+          mine[pass] = (int)group >= (int)(turn * kTogether) && local < tiles.y;
+        }
+        tile[pass] = tiles.x + local;
         const float* vectors = f.p.vectors + (u64)layer * M::kLayerVectors;
         if (S::kBias >= 0) bias[pass] = mine[pass] ? load_early(vectors + S::kBias + tile[pass] * 8 + row) : 0;
         if constexpr (S::kEpilogue == Epilogue::kResidual) {
@@ -145,11 +166,15 @@ struct Linear {
           gamma[pass] = mine[pass] ? f.gamma(local, row) : 0;
         }
       }
-      const u32 from = f.shared + L::kReduction + f.buffer() * L::kReductionBytes + f.lane * 16;
+      const u32 from = f.shared + L::kReduction + f.buffer() * L::kReductionBytes + f.lane * (S::kCoded ? 4 : 16);
       f.acquire();
-      const float4 a = load_shared_float4(from), b = load_shared_float4(from + 512);
       float v[kPasses];
-      sum_warps(v, a, b, octet);
+      if constexpr (S::kCoded) {
+        sum_columns(v, from);
+      } else {
+        const float4 a = load_shared_float4(from), b = load_shared_float4(from + 512);
+        sum_warps(v, a, b, octet);
+      }
 #pragma unroll
       for (int pass = 0; pass < kPasses; pass++) {
         float y = v[pass] * scale;
@@ -157,7 +182,7 @@ struct Linear {
         if constexpr (S::kEpilogue == Epilogue::kStore) {
           if (mine[pass]) store_word(f.words(S::kOutput) + tile[pass] * 8 + row, __float_as_uint(y), out_tag);
         } else if constexpr (S::kEpilogue == Epilogue::kSwiglu) {
-          const float up = __shfl_down_sync(kAllLanes, y, 4);
+          const float up = __shfl_down_sync(kAllLanes, y, 4 * kRowLanes);
           const float h = __fdividef(y, 1.f + __expf(-y)) * up;
           publish_pairs(f, h, tile[pass] * 2, mine[pass] && row < 4, row, out_tag);
         } else if constexpr (S::kEpilogue == Epilogue::kResidual) {
@@ -168,16 +193,13 @@ struct Linear {
           const u32 index = tile[pass] * 8 + row;
           if (mine[pass] && index < M::kVocab) {
             if (f.p.logits) f.p.logits[(u64)step * M::kVocab + index] = y;
-            if (y > f.best) {
-              f.best = y;
-              f.best_row = index;
-            }
+            take_logit(f, step, index, y);
           }
         }
       }
       f.release();
     }
-    f.turn = group - groups;  // the groups of all stages go round the finishers
+    f.turn = turn - turns;  // what is handed over in all stages goes round the finishers
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
     if constexpr (S::kEpilogue == Epilogue::kResidual) {
       f.publish_moment(S::kMomentOut, out_tag, tiles);
@@ -187,6 +209,9 @@ struct Linear {
   }
 
  private:
+  static constexpr int kTogether = S::kCoded ? 4 : 1;  // groups that are handed over at once
+  static constexpr int kRowLanes = S::kCoded ? 4 : 1;  // lanes from a row to the next, as a finisher has them
+
   // Multiply part `part` of the group, and those after it: its chunk's fragments are `first`... of this warp's x.
   // NOTE: where the last group has fewer tiles than warps, a warp without one multiplies what is left in the slot; nobody looks.
   template <int part, int first>
@@ -208,6 +233,64 @@ struct Linear {
       }
       multiply<part + 1, first + kSize>(c, x, d, octet);
     }
+  }
+
+  // The same of codes: all groups, handed over a few at a time.
+  static FF_DEVICE void multiply_codes(Consumer<M>& c, const Operand<S>& x, u32 tiles, u32 groups) {
+    using Product = typename ProductOf<M, S>::Type;
+    using First = Loaded<S, part_size(S::kFragments, S::kParts, 0)>;
+    typename Product::X operand;
+    operand.prepare(x, c.lane);
+    float sums[kTogether] = {};
+    First part;
+    load<0>(c, part, tiles, groups, 0);
+#pragma unroll 1
+    for (u32 group = 0; group < groups; group++) {
+      Product product;
+      bool early = false;
+      if constexpr (S::kParts == 1) {
+        // What comes next is loaded first, if it is there: the loads are hidden behind the work on this one.
+        const First now = part;
+        early = group + 1 < groups && ((group + 1) % S::kStack != 0 || c.landed());
+        if (early) load<0>(c, part, tiles, groups, group + 1);
+        product.template add<0, true>(now, operand, c.lane);
+      } else {
+        product.template add<0, false>(part, operand, c.lane);
+        add_parts<1, part_size(S::kFragments, S::kParts, 0)>(c, product, operand, tiles, groups, group);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether - 1; i++) sums[i] = sums[i + 1];
+      sums[kTogether - 1] = product.result(c.lane, operand);
+      if (group % kTogether == kTogether - 1 || group + 1 == groups) c.hand_over(sum_quads(sums, c.lane));
+      if (!early && group + 1 < groups) load<0>(c, part, tiles, groups, group + 1);
+    }
+  }
+  template <int part, int first, class Product>
+  static FF_DEVICE void add_parts(Consumer<M>& c, Product& product, const typename Product::X& operand, u32 tiles, u32 groups, u32 group) {
+    if constexpr (part < S::kParts) {
+      constexpr int kSize = part_size(S::kFragments, S::kParts, part);
+      Loaded<S, kSize> now;
+      load<part>(c, now, tiles, groups, group);
+      product.template add<first, part + 1 == S::kParts>(now, operand, c.lane);
+      add_parts<part + 1, first + kSize>(c, product, operand, tiles, groups, group);
+    }
+  }
+  // A part of a group, as soon as its chunk has landed.
+  template <int part, int size>
+  static FF_DEVICE void load(Consumer<M>& c, Loaded<S, size>& to, u32 tiles, u32 groups, u32 group) {
+    constexpr u32 kChunkTiles = S::kStack * S::kWarpsRows;
+    const u32 at = group % S::kStack, left = tiles - group / S::kStack * kChunkTiles;
+    if (at == 0) c.acquire();
+    to.template load<part + 1 == S::kParts>(c.chunk_address(), left < kChunkTiles ? left : kChunkTiles, at * kConsumers + c.warp, c.lane);
+    if (at + 1 == S::kStack || group + 1 == groups) c.release();
+  }
+
+  // Four tiles' sums of a lane -> lane (g, t): row g of tile t, summed over the lanes that had columns of it.
+  static FF_DEVICE float sum_quads(const float (&v)[4], u32 lane) {
+    const bool upper = lane & 2, odd = lane & 1;
+    const float a = (upper ? v[2] : v[0]) + __shfl_xor_sync(kAllLanes, upper ? v[0] : v[2], 2);
+    const float b = (upper ? v[3] : v[1]) + __shfl_xor_sync(kAllLanes, upper ? v[1] : v[3], 2);
+    return (odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 1);
   }
 
   // a and b are four lanes' values of (warp lane / 8 and + 4, row lane % 8); sum them over the warps that share a tile.
@@ -234,9 +317,25 @@ struct Linear {
     }
   }
 
-  // Rows come in pairs: the even lane publishes both.
+  // The lanes' sums as they were handed over, over the warps that share a tile.
+  template <int kPasses>
+  static FF_DEVICE void sum_columns(float (&v)[kPasses], u32 from) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; pass++) {
+      float part[S::kWarpsColumns];
+#pragma unroll
+      for (int i = 0; i < S::kWarpsColumns; i++) part[i] = load_shared_float(from + (pass * S::kWarpsColumns + i) * 128);
+#pragma unroll
+      for (int n = S::kWarpsColumns / 2; n; n /= 2)
+#pragma unroll
+        for (int i = 0; i < n; i++) part[i] += part[i + n];
+      v[pass] = part[0];
+    }
+  }
+
+  // Rows come in pairs: the lane of the even row publishes both.
   static FF_DEVICE void publish_pairs(Finisher<M>& f, float y, u32 word, bool mine, u32 row, u32 tag) {
-    const float next = __shfl_down_sync(kAllLanes, y, 1);
+    const float next = __shfl_down_sync(kAllLanes, y, kRowLanes);
     if (mine && !(row & 1)) f.publish(S::kOutput + word + row / 2, T::pack(y, next), tag);
   }
 };

@@ -1,4 +1,4 @@
-// A linear stage: y = W x, and what is folded into it (RMSNorm before; bias, SwiGLU, residual, logits and argmax after).
+// A linear stage: y = W x, and what is folded into it (RMSNorm before; bias, SwiGLU, residual, logits and the best of them after).
 //
 // S::Format says what a tile holds (formats.h). The worker reads its tiles straight ahead.
 #pragma once

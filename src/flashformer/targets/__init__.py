@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import PlanError
@@ -30,8 +31,10 @@ class Target:
     max_fragments: int  # most fragments of one tile that a warp's registers can hold x for
     kernels: tuple[tuple[str, int], ...] = (("float", 16),)  # kinds and bits of the formats that there are kernels for
     code_columns: int = 0  # of a fragment of 8- or 4-bit codes; 0: as many as take the bytes of a 16-bit fragment
+    largest_group: int = 0  # columns of a group of codes, at most; larger ones are split; 0: any number
+    plain_table: bool = False  # whether the embedding table has 16-bit values whatever the head has
     mixed_layers: bool = False  # whether the same stage of two layers may have different formats
-    chunk_unit: int = 512  # bytes: chunks of a tape begin at multiples of it
+    chunk_unit: int = 128  # bytes: chunks of a tape begin at multiples of it
     # GPU only: shared memory, roles and pacing.
     shared_bytes: int = 0  # that one thread block may use
     finisher_warps: int = 3  # 8 consumers, 3 finishers and the producer: 168 registers each
@@ -45,9 +48,23 @@ class Target:
     kv_min_blocks: int = 2  # fewest blocks of the KV cache that are worth a piece of their own
     kv_slack_bytes: int = 65536  # of the KV cache that an SM may read beyond its even share, so that it meets one head only
 
+    def fit(self, format: Format | None) -> Format | None:
+        """The format in which this target runs what a format holds: the same, or with groups split; None where it has no kernel.
+
+        Groups are 16 columns, or a multiple of 32 that divides the largest or is divided by it.
+        """
+        if format is None or (format.kind, format.bits) not in self.kernels:
+            return None
+        group = format.group
+        if self.largest_group and group > self.largest_group:
+            group = math.gcd(group, self.largest_group)
+        if group != 16 and (group % 32 or (group and self.largest_group % group)):
+            return None
+        return replace(format, group=group)
+
     def runs(self, format: Format) -> bool:
-        """Whether there is a kernel for a format. Groups are whole fragments of codes, or 16 columns."""
-        return (format.kind, format.bits) in self.kernels and (format.group == 16 or format.group % 32 == 0)
+        """Whether there is a kernel for exactly this format."""
+        return self.fit(format) == format
 
     def columns_of(self, format: Format) -> int:
         """Columns of a fragment of a format."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...formats import Format
-from ...plan import Geometry, Plan, Stage, ceil_div, choose_geometry, round_up
+from ...plan import LEAST_SCALE, Geometry, Plan, Stage, ceil_div, choose_geometry, round_up
+from ..sampling import SAMPLING, SamplingStruct
 from ..source import Field, camel, constants, ctypes_fields, literal, struct
 
 HEADERS = Path(__file__).parent
@@ -40,6 +41,7 @@ LAUNCH: tuple[Field, ...] = (
     ("stop", "const u32*", ctypes.c_void_p, "[stop_count] tokens that end the launch"),
     ("tokens", "u32*", ctypes.c_void_p, "[steps - forced_count + 1] as they are made"),
     ("logits", "float*", ctypes.c_void_p, "[steps][vocab], or null"),
+    ("sampling", "Sampling", SamplingStruct, "how tokens are chosen"),
     ("limit", "double", ctypes.c_double, "seconds that a worker waits for the others"),
     ("forced_count", "u32", ctypes.c_uint32, ""),
     ("stop_count", "u32", ctypes.c_uint32, ""),
@@ -268,6 +270,8 @@ def generate(plan: Plan) -> Source:
         ("int", "kTableColumns", table.columns),
         ("u64", "kKvBlocks", kv.blocks),
         ("u64", "kKvBlockBytes", kv.block_bytes),
+        ("float", "kKvLeastScale", LEAST_SCALE),
+        ("int", "kKvMixed", kv.mixed),
         ("int", "kPieces", pieces(plan)),
         ("int", "kPartial", partial_size(plan)),
         ("int", "kRanges", ranges),
@@ -330,6 +334,7 @@ def generate(plan: Plan) -> Source:
         "struct Range;",
         "struct Segment;",
         *struct("Params", PARAMETERS),
+        *struct("Sampling", SAMPLING),
         *struct("Launch", LAUNCH),
         *struct("Status", STATUS),
         '#include "engine.h"',
@@ -338,6 +343,7 @@ def generate(plan: Plan) -> Source:
         "struct Model {",
         f"  using Value = {camel(c.dtype)};",
         f"  using Table = {table_type};",
+        f"  using KvType = {camel(kv.type)};",
         *constants(model),
         "};",
         "",
@@ -354,7 +360,7 @@ def generate(plan: Plan) -> Source:
         "    }",
         "    if (!worker.wants_head) return;",
         "    worker.run<Linear<Model, stage::Head>>(Model::kLayers);",
-        "    worker.token = Argmax<Model>::run(worker);",
+        "    worker.token = Sample<Model, stage::Head>::run(worker);",
         "  }",
         "};",
         "",
@@ -371,4 +377,4 @@ def include_paths() -> list[Path]:
 def headers() -> dict[str, str]:
     """Every header's text by its path in the package: all of them belong to a library's cache key."""
     root = HEADERS.parent.parent
-    return {str(p.relative_to(root)): p.read_text() for folder in (HEADERS, OPERATORS) for p in sorted(folder.glob("*.h"))}
+    return {str(p.relative_to(root)): p.read_text() for folder in (HEADERS, OPERATORS) for p in sorted(folder.glob("*.h*"))}

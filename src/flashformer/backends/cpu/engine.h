@@ -4,10 +4,10 @@
 
 #include <new>
 
-#include "argmax.h"
 #include "attention.h"
 #include "embed.h"
 #include "linear.h"
+#include "sample.h"
 #include "worker.h"
 
 // Zeroed memory. NOTE: no large pages: most of a KV cache is never touched, and so it is never claimed.

@@ -1,8 +1,7 @@
 // The words that all CPU headers share: integer types, 16-bit values, and SIMD through the compiler's vector extensions.
 //
-// A *line* is 64 bytes: two halves of 16 values each. A weight line is 32 columns of one row, a key line two dimensions of 16
-// positions, a value line 16 dimensions of two positions. `V::place` says where a value lies in its line, so that
-// `V::load` turns a line into floats with the fewest instructions.
+// A *line* is 64 bytes: of 16-bit values, two halves of 16 each, such as 32 columns of a row of weights (kv.h: of keys and values).
+// `V::place` says where a value lies in its line, so that `V::load` turns a line into floats with the fewest instructions.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -6,6 +6,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Collection, Generator, Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from ...checkpoint import Checkpoint
 from ...errors import DeviceError
 from ...ops.rope import rope_table
 from ...plan import Plan
-from .. import Progress, RunStats, no_progress
+from .. import GREEDY, Progress, RunStats, no_progress
+from ..sampling import REPORT_WORDS, Sampling, Scores, checked_token, read_report
 from .codegen import Launch, Params, Source, Status, generate
 from .compile import compile_source
 from .layout import gather_vectors, lay_out, tile_ranges
@@ -34,6 +36,8 @@ class CpuRunner:
         self.limit = LIMIT_SECONDS
         self._engine: int | None = None
         self._launch: Launch | None = None  # the latest one
+        self._sampled: dict[str, np.ndarray] = {}  # its arrays; see `_sampling_arrays`
+        self._alternatives = 0  # that it reports for each token
         layout = lay_out(plan)
         _check_memory(plan, layout.nbytes)
         self.source: Source = generate(plan)
@@ -62,11 +66,15 @@ class CpuRunner:
                 f"({reason.value.decode(errors='replace')}); choose a smaller --max-context or fewer workers (FF_THREADS)"
             )
 
-    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Generator[int, None, None]:
+    def generate(
+        self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
+    ) -> Generator[int, None, None]:
         """See `Runner.generate`."""
         status = Status()
         try:
-            yield from self._run(status, tokens, start, count, stop)
+            with closing(self._run(status, tokens, start, count, stop, sampling)) as made:
+                for position, token in enumerate(made, start + len(tokens)):
+                    yield checked_token(token, position)
         finally:
             steps = max(status.made - 1, 0)
             kv = sum(self.plan.kv.bytes_read(i) for i in range(steps)) * self.plan.config.num_layers
@@ -75,10 +83,14 @@ class CpuRunner:
                 steps * self.plan.token_bytes(start + len(tokens)) + kv,
             )  # fmt: skip
 
+    def scores(self, index: int) -> Scores:
+        """See `Runner.scores`."""
+        return read_report(self._sampled["report"][index], self._alternatives)
+
     def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
         """See `Runner.logits`."""
         out = np.full((len(tokens), self.plan.config.vocab_size), np.nan, np.float32)
-        for _ in self._run(Status(), tokens, start, 1, (), out):
+        for _ in self._run(Status(), tokens, start, 1, (), GREEDY, out):
             pass
         return out
 
@@ -96,8 +108,9 @@ class CpuRunner:
         self._arrays = {}
 
     def _run(
-        self, status: Status, tokens: Sequence[int], start: int, count: int, stop: Collection[int], logits: np.ndarray | None = None
-    ) -> Generator[int, None, None]:
+        self, status: Status, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling,
+        logits: np.ndarray | None = None,
+    ) -> Generator[int, None, None]:  # fmt: skip
         """One launch: `tokens` at positions start.., then `count` - 1 of the model's own; yields those that it makes.
 
         `status` is kept up to date; `logits` (float32 [steps, vocab]) are filled. Raises DeviceError for what does not fit,
@@ -113,12 +126,15 @@ class CpuRunner:
             raise DeviceError("this model is generating already")
         made = np.zeros(count, np.uint32)
         arrays = np.array(tokens, np.uint32), np.array(sorted(stop), np.uint32), made, logits
+        sampled = _sampling_arrays(sampling, vocab, count)
         launch = Launch(
             *(None if a is None else a.ctypes.data for a in arrays),
+            sampling=sampling.struct(**{name: array.ctypes.data for name, array in sampled.items()}),
             limit=self.limit, forced_count=len(tokens), stop_count=len(stop), start=start, steps=steps,
         )  # fmt: skip
         # The workers use all of it until they have ended, even if this generator does not live that long.
         self._launch, self._launched = launch, arrays
+        self._sampled, self._alternatives = sampled, sampling.logprobs or 0
         self._library.flashformer_start(self._engine, launch)
         status.running, seen = 1, 0
         try:
@@ -175,6 +191,21 @@ def _check_memory(plan: Plan, weights: int) -> None:
             f"the model needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} weights, {kv_bytes(plan) / 1e9:.1f} KV cache for "
             f"{plan.max_context} positions), this machine has {there / 1e9:.1f}; choose a smaller --max-context or a smaller model"
         )
+
+
+def _sampling_arrays(sampling: Sampling, vocab: int, count: int) -> dict[str, np.ndarray]:
+    """What the pointers of a launch's `SamplingStruct` point to; what it does not use is left out."""
+    arrays: dict[str, np.ndarray] = {}
+    if sampling.flags:
+        arrays["scores"] = np.empty(vocab, np.float32)
+    if sampling.bias is not None:
+        arrays["bias"] = sampling.bias
+    if sampling.seen is not None:
+        arrays["seen"] = sampling.seen.copy()
+    if sampling.logprobs is not None:
+        arrays["raw"] = np.empty(vocab, np.float32)
+        arrays["report"] = np.zeros((count, REPORT_WORDS), np.uint64)
+    return arrays
 
 
 def _load_library(source: str) -> ctypes.CDLL:

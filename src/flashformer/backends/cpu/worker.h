@@ -1,7 +1,9 @@
 // What one worker sees while it walks through a token: its tape, the shared vectors, its share of every stage.
 #pragma once
+#include <algorithm>
 #include <limits>
 
+#include "sampling.hpp"
 #include "threads.h"
 
 struct Range {  // tiles
@@ -13,8 +15,8 @@ struct Segment {  // tiles of the embedding table that lie together
   u32 first, count;
 };
 
-struct alignas(64) Candidate {  // a greedy token, one cache line each
-  float logit;
+struct alignas(64) Candidate {  // for the next token, one cache line each
+  float score;
   u32 token;
 };
 
@@ -65,7 +67,8 @@ class Worker {
     wants_head = l.logits || step + 1 >= l.forced_count;
     tape_ = s_.params.tape + s_.params.tape_start[index];
     logits_ = l.logits ? l.logits + u64(step) * M::kVocab : nullptr;
-    best_ = {-std::numeric_limits<float>::infinity(), 0};
+    forget_candidate();
+    finite_ = true;
     if (index == 0) s_.cancelled[step & 1] = s_.cancel.load(std::memory_order_relaxed);
   }
 
@@ -76,7 +79,7 @@ class Worker {
     if (step + 1 < l.forced_count) return false;
     for (u32 i = 0; i < l.stop_count; i++)
       if (l.stop[i] == token) return true;
-    return false;
+    return token >= M::kVocab;  // none could be chosen
   }
 
   Range range(u32 i) const { return s_.params.ranges[index * M::kRanges + i]; }
@@ -85,6 +88,8 @@ class Worker {
   const float* turns() const { return s_.params.rope + u64(position) * M::kHeadDim; }
   float* scratch() const { return s_.scratch + u64(index) * M::kScratch; }
   const Candidate& candidate(u32 worker) const { return s_.candidates[worker]; }
+  const Sampling& sampling() const { return s_.launch.sampling; }
+  u64* report() const { return sampling().report + u64(position + 1 - s_.launch.start - s_.launch.forced_count) * kReportWords; }
 
   // The next tile of the tape, which is read straight ahead.
   const u8* next_tile(u64 bytes) {
@@ -100,22 +105,37 @@ class Worker {
     return s_.params.tape + segment->offset + u64(row / kTileRows - segment->first) * M::Table::tile_bytes(M::kTableColumns);
   }
 
-  u16* kv_block(u32 layer, u32 head, u32 block) const {
-    return reinterpret_cast<u16*>(s_.kv + ((u64(layer) * M::kKvHeads + head) * M::kKvBlocks + block) * M::kKvBlockBytes);
+  u8* kv_block(u32 layer, u32 head, u32 block) const {
+    return s_.kv + ((u64(layer) * M::kKvHeads + head) * M::kKvBlocks + block) * M::kKvBlockBytes;
   }
 
   void logit(u32 row, float value) {
     if (logits_) logits_[row] = value;
-    if (value > best_.logit) best_ = {value, row};
+    finite_ &= value < kInfinity;
+    const Sampling& s = sampling();
+    if (s.flags) {
+      if (s.flags & kReported) s.raw[row] = value;
+      value = s.scores[row] = adjusted(s, value, row);
+    }
+    propose(row, value);
   }
 
+  void propose(u32 row, float score) {
+    if (score > best_.score) best_ = {score, row};
+  }
+
+  void forget_candidate() { best_ = {-kInfinity, kNoneAllowed}; }
+
   // NOTE: only here and not as the logits come: while this step begins, others may still look at the candidates of the last one.
-  void publish_candidate() { s_.candidates[index] = best_; }
+  void publish_candidate() { s_.candidates[index] = finite_ ? best_ : Candidate{kInfinity, kNotFinite}; }
 
  private:
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
   Shared& s_;
   u64 goal_ = 0;
   const u8* tape_ = nullptr;
   float* logits_ = nullptr;
   Candidate best_{};
+  bool finite_ = true;  // the logits so far: neither NaN nor infinite
 };

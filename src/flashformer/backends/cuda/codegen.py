@@ -11,21 +11,29 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ...errors import PlanError
-from ...plan import COLUMN_HEADS, Plan, Stage, ceil_div, round_up
+from ...formats import PLAIN, Format
+from ...plan import COLUMN_HEADS, LEAST_SCALE, Plan, Stage, ceil_div, round_up
+from ..sampling import SAMPLING, SamplingStruct
 from ..source import Field, camel, constants, ctypes_fields, struct
 
 HEADERS = Path(__file__).parent
 OPERATORS = HEADERS.parent.parent / "ops"
-SLOT_BYTES = 16384  # of the ring: the largest chunk, and one KV block of 256 dims
+SLOT_BYTES = 16384  # of the ring where all weights are plain: the largest chunk, and one KV block of 256 dims
+LARGEST_SLOT_BYTES = 18432  # where there are codes, whose scales need room
+MAX_SLOTS = 32  # a lane each
 FLAG_ALIGNMENT = 16  # words: vectors in the exchange memory begin on a 128-byte line
 STREAM = "weight stream"  # where a waiting producer stands
+SELECTION_ROUNDS = 9  # exchanges within a token at most: of the largest logit, then 4 each for top-k and top-p
+HISTOGRAM_WORDS = 2 * 8 * 2048 * 3  # of 4 bytes: for two tokens and each round after the first, 2048 (count, mass) at most
 TILE_BITS = 12  # a tile range is packed as first << TILE_BITS | count
 
 # The kernel's parameters.
 PARAMETERS: tuple[Field, ...] = (
     ("tape", "const u8*", ctypes.c_uint64, "all blocks' weights"),
-    ("table", "const uint2*", ctypes.c_uint64, "[workers][table_stride] (offset / 512, bytes); bytes 0: (layer, KV cache)"),
+    ("table", "const uint2*", ctypes.c_uint64, "[workers][table_stride] (offset in units, bytes); bytes 0: (layer, KV cache)"),
     ("table_length", "const u32*", ctypes.c_uint64, "[workers]"),
     ("head_start", "const u32*", ctypes.c_uint64, "[workers] first entry of the head"),
     ("tiles", "const u32*", ctypes.c_uint64, "[tile words][workers] first << 12 | count"),
@@ -41,6 +49,7 @@ PARAMETERS: tuple[Field, ...] = (
     ("cancel", "const u32*", ctypes.c_uint64, "host: nonzero ends the launch after the present token"),
     ("status", "u32*", ctypes.c_uint64, "[2] where a wait gave up, and its block"),
     ("trace", "u64*", ctypes.c_uint64, "timestamps, or null"),
+    ("sampling", "Sampling", SamplingStruct, "how tokens are chosen"),
     ("table_stride", "u32", ctypes.c_uint32, ""),
     ("kv_blocks", "u32", ctypes.c_uint32, "per layer and head"),
     ("start", "u32", ctypes.c_uint32, "position of the first token"),
@@ -96,6 +105,75 @@ def piece_words(plan: Plan) -> int:
     return COLUMN_HEADS * (plan.kv.head_pad + 2)
 
 
+def slot_bytes(plan: Plan) -> int:
+    """Bytes of a slot of the ring: the largest chunk of weights, and a block of the KV cache."""
+    geometries = [s.geometry for s in plan.stages if s.geometry]
+    if all(g.format == PLAIN for g in geometries):
+        return SLOT_BYTES
+    largest = max(g.chunk_bytes(g.chunk_tiles, part) for g in set(geometries) for part in range(g.parts))
+    return round_up(max(largest, plan.kv.block_bytes, SLOT_BYTES // 4), 128)
+
+
+# How codes lie on the tape and are multiplied: the structs of codes.cuh and integers.cuh, by the numbers that packing kernels know them by.
+LAYOUTS = {"integer4": 0, "integer8": 1, "float8": 2, "table": 3, "signed_table": 3, "half_byte": 4, "byte": 5, "byte_table": 6}
+
+
+def code_layout(format: Format) -> str:
+    """Which of LAYOUTS a format has. Integer instructions sum 32 columns at once, so that groups of 16 need the others."""
+    wide = format.group != 16
+    if format.kind == "fp8":
+        return "float8"
+    if format.kind == "int":
+        return {4: "half_byte", 8: "byte"}[format.bits] if wide else f"integer{format.bits}"
+    values = np.array(format.table, np.float32)
+    if not np.array_equal(np.abs(values[:8]), values[:8]) or not np.array_equal(-values[:8], values[8:]):
+        return "table"
+    multiples = values / least_step(values)
+    if wide and np.array_equal(multiples, np.round(multiples)) and np.abs(multiples).max() < 64:
+        return "byte_table"
+    halves = values.astype(np.float16)
+    return "signed_table" if np.array_equal(halves, values) and not (halves.view(np.uint16) & 0xFF).any() else "table"
+
+
+def least_step(values: np.ndarray) -> np.float32:
+    """The smallest magnitude but zero."""
+    return np.float32(np.abs(values[values != 0]).min())
+
+
+def describe_format(format: Format) -> list[str]:
+    """A format of codes as the struct that codes.cuh is instantiated with."""
+    layout = code_layout(format)
+    tables = {"table": "FullTable<Values>", "byte_table": "ByteTable<Values>", "signed_table": "SignedTable<Values>"}
+    code = tables.get(layout, camel(layout))
+    lines = ["  struct Format {"]
+    if format.kind == "table":
+        values = np.array(format.table, np.float32)
+        halves = values.astype(np.float16).view(np.uint16)
+        high, low = (halves >> 8).astype(np.uint8), (halves & 0xFF).astype(np.uint8)
+        parts = {"kHigh": high, "kLow": low}
+        lines.append("    struct Values {")
+        if layout == "signed_table":
+            parts = {"kHigh": high[:8]}
+        elif layout == "byte_table":
+            step = least_step(values)
+            multiples = np.round(values[:8] / step).astype(np.int8)
+            parts = {"kUp": (64 + multiples).astype(np.uint8), "kDown": (64 - multiples).astype(np.uint8)}
+            lines.append(f"      static constexpr float kFactor = {float(step)!r}f;")
+        for name, part in parts.items():
+            words = ", ".join(f"{word:#010x}u" for word in np.ascontiguousarray(part).view(np.uint32).tolist())
+            lines.append(f"      static constexpr u32 {name}[{len(part) // 4}] = {{{words}}};")
+        lines.append("    };")
+    scale = {"float16": "HalfScale", "bfloat16": "BfloatScale", "float32": "FloatScale"}[format.scale]
+    lines += [
+        f"    using Code = {code};",
+        f"    using Scale = {scale};",
+        f"    static constexpr int kGroup = {format.group};",
+        f"    static constexpr Offset kOffset = Offset::k{format.offset.capitalize()};",
+        "  };",
+    ]
+    return lines
+
+
 def place_buffers(plan: Plan) -> tuple[dict[str, int], dict[str, int], int]:
     """Offsets of every buffer and of every moment in the exchange memory, and its size, in words of 8 bytes."""
     buffers: dict[str, int] = {}
@@ -110,7 +188,7 @@ def place_buffers(plan: Plan) -> tuple[dict[str, int], dict[str, int], int]:
 
     for b in plan.buffers:
         if b.kind == "token":
-            words = 2 * 2 * plan.target.workers
+            words = 2 * (2 + SELECTION_ROUNDS) * plan.target.workers
         elif b.name == "partials":
             words = plan.target.workers * pieces(plan) * piece_words(plan)
         else:
@@ -157,6 +235,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     residuals = [s.name for s in body if s.publish_gamma]
     names = (STREAM, *(s.name for s in (embed, *body, head)), "token")
     words = 3 + 2 * c.num_layers
+    slot = slot_bytes(plan)
     for stage in plan.stages:
         if stage.count and (max(stage.count) >= 1 << TILE_BITS or stage.tiles >= 1 << (32 - TILE_BITS)):
             raise PlanError(f"{stage.name}: {max(stage.count)} tiles are too many for one of {t.workers} blocks")
@@ -183,18 +262,23 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("int", "kOwnedTiles", max(embed.count)),
         ("u32", "kOwners", sum(c > 0 for c in embed.count)),
         ("int", "kTileWords", words),
+        ("int", "kHeadTiles", words - 1),
         ("int", "kPieces", pieces(plan)),
         ("int", "kPieceWords", piece_words(plan)),
         ("u32", "kKvBlockBytes", kv.block_bytes),
-        ("u32", "kKvChunkBlocks", min(SLOT_BYTES // kv.block_bytes, 16)),
+        ("float", "kKvLeastScale", LEAST_SCALE),
+        ("int", "kKvMixed", kv.mixed),
+        ("u32", "kKvChunkBlocks", min(slot // kv.block_bytes, 16)),
         ("u32", "kKvMinBlocks", t.kv_min_blocks),
         ("u32", "kKvSlackBlocks", max(t.kv_slack_bytes // kv.block_bytes, 1)),
         ("int", "kFinishers", t.finisher_warps),
         ("int", "kThreads", threads(plan)),
         ("bool", "kBulkCopy", t.bulk_copy),
         ("int", "kSharedBytes", t.shared_bytes),
-        ("u32", "kSlotBytes", SLOT_BYTES),
-        ("u32", "kPrefetchChunks", t.prefetch_chunks),
+        ("u32", "kChunkUnit", t.chunk_unit),
+        ("u32", "kSlotBytes", slot),
+        ("int", "kMostSlots", MAX_SLOTS // 2 if slot == SLOT_BYTES else MAX_SLOTS),
+        ("u32", "kPrefetchChunks", t.prefetch_chunks * SLOT_BYTES // slot),
         ("int", "kPrefetchCycles", t.prefetch_cycles),
         ("u32", "kFirstLook", t.first_look_cycles),
         ("int", "kCopies", t.exchange_copies),
@@ -207,13 +291,15 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     value = "Float16" if c.dtype == "float16" else "Bfloat16"
     text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated: the headers compute."]
     text.append('#include "prelude.cuh"\n')
+    text += struct("Sampling", SAMPLING)
     text += struct("Params", PARAMETERS)
     text.append('#include "kernel.cuh"\n')
     text.append("struct Model {")
     text.append(f"  using Value = {value};")
+    text.append(f"  using KvType = {camel(kv.type)};")
     text += constants(model)
     *steps, (_, least) = t.window
-    window = "".join(f"waiting < {count} ? {nbytes} : " for count, nbytes in steps) + str(least)
+    window = "".join(f"waiting < {count * SLOT_BYTES // slot} ? {nbytes} : " for count, nbytes in steps) + str(least)
     text.append(f"  static FF_DEVICE u32 window(u32 waiting) {{ return {window}; }}  // bytes in flight")
     text.append("};\n")
 
@@ -227,12 +313,17 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 ("int", "kWarpsColumns", g.warps_columns),
                 ("int", "kWarpsRows", g.warps_rows),
                 ("int", "kFragments", g.fragments),
+                ("int", "kFragmentColumns", g.fragment_columns),
+                ("bool", "kCoded", g.format != PLAIN),
                 ("int", "kParts", g.parts),
+                ("u32", "kStack", g.stack),
                 ("bool", "kNorm", stage.linear.eps > 0),
                 ("float", "kEps", stage.linear.eps),
                 ("int", "kBias", vectors.bias.get(stage.name, -1) if stage.layer >= 0 else -1),
                 ("bool", "kNextLayer", stage.name == "down"),
             ]
+            if g.format != PLAIN:
+                text.extend(describe_format(g.format))
             text.append(f"  static constexpr Epilogue kEpilogue = Epilogue::k{stage.linear.epilogue.capitalize()};")
             text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
         if stage.kind == "combine":
@@ -258,8 +349,14 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         describe(stage, tile_words.get(stage.name, "0"))
     describe(head, "2 + 2 * layer")
     text.append("struct Token {")
-    text.append(f"  static constexpr u32 kWhere = {names.index('token')};")
-    text.append(f"  static constexpr int kOutput = {buffers['token']};")
+    token: list[tuple[str, str, object]] = [
+        ("u32", "kWhere", names.index("token")),
+        ("int", "kOutput", buffers["token"]),
+        ("int", "kRounds", buffers["token"] + 2 * 2 * t.workers),
+        ("u32", "kMostRounds", SELECTION_ROUNDS),
+        ("u32", "kHistogramWords", HISTOGRAM_WORDS),
+    ]
+    text += constants(token)
     text.append("};\n}  // namespace stage\n")
     assert combine.writes in buffers
 
@@ -271,7 +368,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text += [f"      {calls[s.kind]}<Model, stage::{camel(s.name)}>::run(role, step, layer);" for s in body]
     text.append("    }")
     text.append("    if (role.wants_head(step)) Linear<Model, stage::Head>::run(role, step, Model::kLayers);")
-    text.append("    Argmax<Model, stage::Token>::run(role, step);")
+    text.append("    Sample<Model, stage::Token>::run(role, step);")
     text.append("  }\n};\n")
     text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
@@ -286,4 +383,5 @@ def include_paths() -> list[Path]:
 def headers() -> dict[str, str]:
     """Every header's text by its path in the package: all of them belong to a kernel's cache key."""
     root = HEADERS.parent.parent
-    return {str(p.relative_to(root)): p.read_text() for folder in (HEADERS, OPERATORS) for p in sorted(folder.glob("*.cuh"))}
+    paths = (*HEADERS.glob("*.cuh"), *OPERATORS.glob("*.cuh"), *OPERATORS.glob("*.hpp"))
+    return {str(p.relative_to(root)): p.read_text() for p in sorted(paths)}

@@ -1,10 +1,10 @@
 // The frame of the kernel: shared memory is set up, warps take their roles, each walks the generated story token by token.
 #pragma once
-#include "argmax.cuh"
 #include "attention.cuh"
 #include "combine.cuh"
 #include "embed.cuh"
 #include "linear.cuh"
+#include "sample.cuh"
 
 // Story::token(role, step, wants_head) runs one token.
 template <class M, class Story>
@@ -46,8 +46,7 @@ FF_DEVICE void decode(const Params& p) {
     role.index = role.turn = warp - kConsumers;
     role.token = p.forced[0];
     for (u32 step = 0; step < p.steps && role.wait_step(step); step++) {
-      role.best = -INFINITY;
-      role.best_row = 0x7fffffffu;
+      role.forget();
       Story::token(role, step);
     }
   } else {

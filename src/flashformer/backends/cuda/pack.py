@@ -18,51 +18,103 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...errors import CheckpointError
+from ...formats import PLAIN, Format, encode
 from ...plan import Plan, round_up
-from ...tape import Tape, block_rows, tile_offsets
+from ...quant.forms import Form
+from ...tape import Tape, block_rows, scale_offsets, tile_offsets
 from .. import Progress
-from .codegen import Vectors
+from .codegen import LAYOUTS, Vectors, code_layout
 from .driver import Context
-from .random_weights import RandomWeights
+from .random_weights import RandomWeights, replacement
 
 SLOTS = 16
 READING = 12  # of the slots, at most, are being filled; the others travel
 READERS = 8  # threads at most: more do not read faster than the bus carries
 SLOT_BYTES = (1 << 20, 8 << 20)  # least and most; between them, all slots together are as large as the largest matrix
 THREADS = 256
-TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # SourceType in tools.cuh
+TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # SourceType in tools.cuh, ScaleType in code_tools.cuh
+KINDS = {("int", 4): 0, ("int", 8): 1, ("fp8", 8): 2, ("table", 4): 3}  # CodeKind in code_tools.cuh
 
 
 class Weights(Protocol):
-    """What is packed: a checkpoint. The matrices of `RandomWeights` are drawn on the device."""
+    """What is packed: a checkpoint. The matrices of `RandomWeights` are drawn on the device. Several threads call it at a time."""
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A tensor, or some of its rows, as bfloat16, float16 or float32. Several threads call it at a time."""
+        """See `Checkpoint.read`."""
+        ...
+
+    def form(self, name: str, rows: slice | None = None) -> Form | None:
+        """See `Checkpoint.form`."""
         ...
 
 
-class PackJob(ctypes.Structure):
-    """The packing kernel's argument: `PackJob` in tools.cuh."""
+def _integers(*names: str, kind: Any = ctypes.c_uint32) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
+class Placement(ctypes.Structure):
+    """Where a matrix goes on the tapes: `Placement` in tools.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("source", "tape", "tile_offset", "strange")),
-        *((name, ctypes.c_uint32) for name in ("type", "half_type", "first_row", "rows", "columns")),
-        *((name, ctypes.c_uint32) for name in ("row_base", "row_group", "row_stride", "column_group", "column_stride")),
+        *_integers("tape", "tile_offset", kind=ctypes.c_uint64),
+        *_integers("first_row", "rows", "columns", "row_base", "row_group", "row_stride", "column_group", "column_stride"),
         ("half", ctypes.c_int32),
-        *((name, ctypes.c_uint32) for name in ("warps_columns", "fragments", "parts")),
+        *_integers("warps_columns", "fragments", "parts"),
+    ]
+
+
+class PackJob(ctypes.Structure):
+    """The argument of the kernel that packs 16-bit values: `PackJob` in tools.cuh."""
+
+    _fields_ = [*_integers("source", "strange", kind=ctypes.c_uint64), ("place", Placement), *_integers("type", "half_type")]
+
+
+class CodeJob(ctypes.Structure):
+    """The argument of the kernels that pack codes and scales: `CodeJob` in code_tools.cuh."""
+
+    _fields_ = [
+        *_integers("codes", "scales", "scale_offset", kind=ctypes.c_uint64),
+        ("place", Placement),
+        *_integers("layout", "group", "groups", "scale_values", "scale_bytes"),
+    ]
+
+
+class ExpandJob(ctypes.Structure):
+    """The argument of the kernel that makes 16-bit values of codes: `ExpandJob` in code_tools.cuh."""
+
+    _fields_ = [
+        *_integers("codes", "scales", "to", "values", kind=ctypes.c_uint64),
+        *_integers("columns", "kind", "scale_type", "half_type", "group", "groups", "scale_values", "minimum"),
+        ("table", ctypes.c_float * 16),
     ]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of the checkpoint and where it goes: onto the tapes (`job`), into the embedding table, or (tied) both."""
+    """A matrix of the checkpoint and where it goes: onto the tapes (`place`), into the embedding table, or (tied) both."""
 
     name: str
     rows: int
     columns: int
     strange: int  # address of the word that says whether it has values that are not finite
-    job: PackJob | None
+    place: Placement | None
+    scale_offset: int  # address
+    format: Format
     embedding: int | None  # address of the table
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row of codes."""
+        return self.format.groups(self.columns)
+
+    def code_bytes(self, rows: int) -> int:
+        """Bytes in a slot in front of the scales of so many rows of codes."""
+        return round_up(rows * self.columns, 16)
+
+    def slot_rows(self, nbytes: int, value_bytes: int) -> int:
+        """How many rows a slot of so many bytes holds: a multiple of 8."""
+        row = self.columns + self.groups * self.format.group_bytes if self.format != PLAIN else self.columns * value_bytes
+        return (nbytes - 16) // row // 8 * 8
 
 
 @dataclass(frozen=True)
@@ -79,18 +131,29 @@ class Piece:
         return self.rows * self.matrix.columns
 
 
+@dataclass(frozen=True)
+class Read:
+    """What was read into a slot: bytes, their type (0 of codes), and whether codes stand for finite values."""
+
+    nbytes: int
+    type: int
+    finite: bool = True
+
+
+_u32, _u64 = ctypes.c_uint32, ctypes.c_uint64
+
+
 class Packer:
     """Packs one model's weights through slots that it owns."""
 
     def __init__(self, context: Context, tools: Any, plan: Plan, weights: Weights, progress: Progress) -> None:
         self.context, self.plan, self.weights, self.progress = context, plan, weights, progress
-        self.pack = context.function(tools, "flashformer_pack")
-        self.convert = context.function(tools, "flashformer_convert")
-        self.random = context.function(tools, "flashformer_random")
+        self.tools = tools
+        self.functions: dict[str, Any] = {}
         self.half_type = int(plan.config.dtype == "float16")
         shapes = [shape for shape in plan.weights.values() if len(shape) == 2]
         fair = max(rows * columns for rows, columns in shapes) * 2 // SLOTS
-        widest = max(columns for _, columns in shapes) * 4 * 8  # 8 rows of float32
+        widest = max(columns for _, columns in shapes) * 4 * 8 + 16  # 8 rows of float32, or of codes with large scales
         self.slot_bytes = round_up(max(min(max(fair, SLOT_BYTES[0]), SLOT_BYTES[1]), widest), 4096)
 
     def run(self, tape: Tape, arena: int, embedding: int) -> list[str]:
@@ -99,12 +162,18 @@ class Packer:
         Raises CheckpointError for a type that cannot be packed, and whatever reading the weights raises.
         """
         context = self.context
-        offsets = [tile_offsets(self.plan, tape, i).reshape(-1) for i, stage in enumerate(self.plan.stages) if stage.geometry]
+        offsets = [
+            of(self.plan, tape, i).reshape(-1)
+            for i, stage in enumerate(self.plan.stages)
+            if stage.geometry
+            for of in (tile_offsets, scale_offsets)
+        ]
         offset_table = context.upload(np.concatenate(offsets).astype(np.uint64), "tile offsets")
         begins = np.cumsum([0, *(len(part) for part in offsets)])
+        starts = [offset_table + 8 * int(at) for at in begins]
         flags = context.allocate(4 * (len(self.plan.weights) + 1), "flags", fill=0)
         slots = context.allocate(SLOTS * self.slot_bytes, "staging")
-        matrices = self._matrices(arena, [offset_table + 8 * int(at) for at in begins], flags, embedding)
+        matrices = self._matrices(arena, list(zip(starts[::2], starts[1::2], strict=False)), flags, embedding)
         total = sum(m.rows * m.columns for m in matrices)
         done = 0
         self.progress("packing weights", done, total)
@@ -121,41 +190,40 @@ class Packer:
         self.progress("packing weights", total, total)
         return [m.name for m, strange in zip(matrices, found, strict=False) if strange]
 
-    def _matrices(self, arena: int, offsets: Sequence[int], flags: int, embedding: int) -> list[Matrix]:
-        """All matrices in the order in which the kernel reads them; `offsets`: addresses of each linear stage's tile offsets."""
+    def _matrices(self, arena: int, offsets: Sequence[tuple[int, int]], flags: int, embedding: int) -> list[Matrix]:
+        """All matrices in the order in which the kernel reads them; `offsets`: addresses of each linear stage's tile and scale offsets."""
         found: list[Matrix] = []
         linear = [stage for stage in self.plan.stages if stage.geometry]
-        for stage, tile_offset in zip(linear, offsets, strict=False):
+        for stage, (tile_offset, scale_offset) in zip(linear, offsets, strict=True):
             base, g, spec = 0, stage.geometry, stage.linear
             assert g is not None and spec is not None
             for number, block in enumerate(spec.blocks):
-                strange = flags + 4 * len(found)
-                job = PackJob(
-                    tape=arena, tile_offset=tile_offset, strange=strange, half_type=self.half_type, columns=spec.columns_used,
+                place = Placement(
+                    tape=arena, tile_offset=tile_offset, columns=spec.columns_used,
                     row_base=base, row_group=block.group, row_stride=block.stride,
                     column_group=spec.column_group, column_stride=spec.column_stride,
                     half=number if spec.interleave else -1, warps_columns=g.warps_columns, fragments=g.fragments, parts=g.parts,
                 )  # fmt: skip
                 table = embedding if block.weight == self.plan.embedding else None
-                found.append(Matrix(block.weight, block.rows, spec.columns_used, strange, job, table))
+                strange = flags + 4 * len(found)
+                found.append(Matrix(block.weight, block.rows, spec.columns_used, strange, place, scale_offset, g.format, table))
                 base += block.padded
         if all(m.embedding is None for m in found):
             strange = flags + 4 * len(found)
             config = self.plan.config
-            found.append(Matrix(self.plan.embedding, config.vocab_size, config.hidden_size, strange, None, embedding))
+            found.append(Matrix(self.plan.embedding, config.vocab_size, config.hidden_size, strange, None, 0, PLAIN, embedding))
         return found
 
     def _pieces(self, matrices: Sequence[Matrix]) -> Iterator[Piece]:
         """Every matrix cut so that each piece fits into a slot; all but its last have a multiple of 8 rows."""
         for m in matrices:
-            if isinstance(self.weights, RandomWeights):
-                value_bytes = 2
-            else:
+            value_bytes = 2
+            if m.format == PLAIN and not isinstance(self.weights, RandomWeights):
                 probe = self.weights.read(m.name, slice(0, 1))
                 if probe.dtype.name not in TYPES:
                     raise CheckpointError(f"{m.name} has values of type {probe.dtype}; {', '.join(TYPES)} are supported")
                 value_bytes = probe.itemsize
-            step = self.slot_bytes // (m.columns * value_bytes) // 8 * 8
+            step = m.slot_rows(self.slot_bytes, value_bytes)
             for first in range(0, m.rows, step):
                 yield Piece(m, first, min(step, m.rows - first))
 
@@ -165,19 +233,31 @@ class Packer:
         address, memory = context.allocate_pinned(SLOTS * self.slot_bytes, "staging")
         # The pieces take turns on two streams, so that one is packed while the next is copied.
         streams = (context.stream, context.new_stream())
-        reading: deque[tuple[int, Piece, Future[np.dtype[Any]]]] = deque()
+        reading: deque[tuple[int, Piece, Future[Read]]] = deque()
         travelling: deque[Any] = deque()  # an event for each piece, in order
 
-        def read(piece: Piece, at: int) -> np.dtype[Any]:
-            part = np.ascontiguousarray(self.weights.read(piece.matrix.name, slice(piece.first, piece.first + piece.rows)))
-            memory[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
-            return part.dtype
+        def read(piece: Piece, at: int) -> Read:
+            m, rows = piece.matrix, slice(piece.first, piece.first + piece.rows)
+            if m.format == PLAIN:
+                part = np.ascontiguousarray(self.weights.read(m.name, rows))
+                memory[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
+                return Read(part.nbytes, TYPES[part.dtype.name])
+            form = self.weights.form(m.name, rows)
+            assert form is not None
+            encoded = encode(form, m.format, m.name)
+            scales = np.ascontiguousarray(encoded.scales).reshape(-1).view(np.uint8)
+            memory[at : at + piece.values] = encoded.codes.reshape(-1)
+            at += m.code_bytes(piece.rows)
+            memory[at : at + scales.nbytes] = scales
+            return Read(m.code_bytes(piece.rows) + scales.nbytes, 0, encoded.finite)
 
         def send() -> Piece:
-            number, piece, dtype = reading.popleft()
-            at, stream, kind = number % SLOTS * self.slot_bytes, streams[number % 2], dtype.result()
-            context.copy_async(device + at, address + at, piece.values * kind.itemsize, stream)
-            self._place(piece, device + at, TYPES[kind.name], stream)
+            number, piece, future = reading.popleft()
+            at, stream, done = number % SLOTS * self.slot_bytes, streams[number % 2], future.result()
+            context.copy_async(device + at, address + at, done.nbytes, stream)
+            if not done.finite:
+                context.driver.cuMemsetD32Async(piece.matrix.strange, 1, 1, stream)
+            self._place(piece, device + at, done.type, stream)
             travelling.append(context.event(stream))
             return piece
 
@@ -196,31 +276,58 @@ class Packer:
 
     def _draw(self, matrices: Sequence[Matrix], device: int) -> Generator[Piece, None, None]:
         """Draw all pieces in the slot at `device`, one after the other."""
-        assert isinstance(self.weights, RandomWeights)
+        weights, stream = self.weights, self.context.stream
+        assert isinstance(weights, RandomWeights)
         for piece in self._pieces(matrices):
-            seed, scale = self.weights.stream(piece.matrix.name)
-            pairs = -(-piece.values // 2)
-            arguments = (
-                ctypes.c_uint64(device), ctypes.c_uint64(pairs), ctypes.c_uint64(piece.first * piece.matrix.columns // 2),
-                ctypes.c_uint32(seed), ctypes.c_float(float(scale)),
-            )  # fmt: skip
-            self.context.launch(self.random, -(-pairs // THREADS), THREADS, arguments)
-            self._place(piece, device, TYPES["bfloat16"], self.context.stream)
+            m, first = piece.matrix, piece.first * piece.matrix.columns
+            if m.format == PLAIN:
+                seed, scale = weights.stream(m.name)
+                pairs = -(-piece.values // 2)
+                values = (_u64(device), _u64(pairs), _u64(first // 2), _u32(seed), ctypes.c_float(float(scale)))
+                self._run("flashformer_random", pairs, *values)
+            else:
+                code_seed, scale_seed, base = weights.code_stream(m.name)
+                code_kind, scale_kind = _u32(KINDS[m.format.kind, m.format.bits]), _u32(TYPES[m.format.scale])
+                codes = (_u64(device), _u64(piece.values), _u64(first), _u32(code_seed), code_kind, *map(_u32, replacement(m.format)))
+                self._run("flashformer_random_codes", piece.values, *codes)
+                at, count = device + m.code_bytes(piece.rows), piece.rows * m.groups
+                scales = (_u64(at), _u64(count), _u64(piece.first * m.groups), _u32(scale_seed), scale_kind, ctypes.c_float(float(base)))
+                self._run("flashformer_random_scales", count, *scales)
+            self._place(piece, device, TYPES["bfloat16"], stream)
             yield piece
 
     def _place(self, piece: Piece, source: int, kind: int, stream: Any) -> None:
-        """Values that are on the device to where the kernel reads them."""
+        """Values or codes that are on the device to where the kernel reads them."""
         m = piece.matrix
-        if m.job is not None:
-            m.job.source, m.job.type, m.job.first_row, m.job.rows = source, kind, piece.first, piece.rows
-            threads = -(-piece.rows // 8) * m.job.warps_columns * m.job.fragments * 32
-            self.context.launch(self.pack, -(-threads // THREADS), THREADS, (m.job,), stream=stream)
+        if m.place is not None:
+            m.place.first_row, m.place.rows = piece.first, piece.rows
+            lanes = -(-piece.rows // 8) * m.place.warps_columns * m.place.fragments * 32
+            if m.format == PLAIN:
+                self._run("flashformer_pack", lanes, PackJob(source, m.strange, m.place, kind, self.half_type), stream=stream)
+            else:
+                f, scales = m.format, source + m.code_bytes(piece.rows)
+                sizes = (f.group, m.groups, f.scale_values, f.group_bytes // f.scale_values)
+                job = CodeJob(source, scales, m.scale_offset, m.place, LAYOUTS[code_layout(f)], *sizes)
+                self._run("flashformer_pack_codes", lanes * f.bits // 4, job, stream=stream)
+                self._run("flashformer_pack_scales", piece.rows * m.groups * f.scale_values, job, stream=stream)
         if m.embedding is not None:
-            arguments = (
-                ctypes.c_uint64(source), ctypes.c_uint64(m.embedding + piece.first * m.columns * 2), ctypes.c_uint64(piece.values),
-                ctypes.c_uint32(kind), ctypes.c_uint32(self.half_type), ctypes.c_uint64(m.strange),
-            )  # fmt: skip
-            self.context.launch(self.convert, -(-piece.values // (2 * THREADS)), THREADS, arguments, stream=stream)
+            to = m.embedding + piece.first * m.columns * 2
+            if m.format == PLAIN:
+                arguments = (_u64(source), _u64(to), _u64(piece.values), _u32(kind), _u32(self.half_type), _u64(m.strange))
+                self._run("flashformer_convert", -(-piece.values // 2), *arguments, stream=stream)
+            else:
+                f = m.format
+                expand = ExpandJob(
+                    source, source + m.code_bytes(piece.rows), to, piece.values, m.columns, KINDS[f.kind, f.bits], TYPES[f.scale],
+                    self.half_type, f.group, m.groups, f.scale_values, int(f.offset == "minimum"), tuple(f.table) or (0.0,) * 16,
+                )  # fmt: skip
+                self._run("flashformer_expand", piece.values, expand, stream=stream)
+
+    def _run(self, name: str, count: int, *arguments: Any, stream: Any = None) -> None:
+        """Launch one of the tools with a thread for each of `count` things."""
+        if name not in self.functions:
+            self.functions[name] = self.context.function(self.tools, name)
+        self.context.launch(self.functions[name], -(-count // THREADS), THREADS, arguments, stream=stream or self.context.stream)
 
 
 def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights) -> tuple[np.ndarray, list[str]]:

@@ -37,9 +37,10 @@ struct Float16 {
   static constexpr bool kIsHalf = true;
   // NOTE: values beyond the range of fp16 are clamped: an infinity would poison every later token through the KV cache.
   static FF_DEVICE u32 pack(float low, float high) {
+    return pack_finite(fminf(fmaxf(low, -65504.f), 65504.f), fminf(fmaxf(high, -65504.f), 65504.f));
+  }
+  static FF_DEVICE u32 pack_finite(float low, float high) {  // of values that are known to fit
     u32 r;
-    low = fminf(fmaxf(low, -65504.f), 65504.f);
-    high = fminf(fmaxf(high, -65504.f), 65504.f);
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
   }
@@ -75,6 +76,18 @@ FF_DEVICE u32 transpose8x8(u32 v) {
 FF_DEVICE float exp2_approx(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+FF_DEVICE float log2_approx(float x) {
+  float r;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+FF_DEVICE float max_nan(float a, float b) {  // NaN where one of them is
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
 }
 
@@ -114,6 +127,11 @@ FF_DEVICE u32 load_shared(u32 a) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a) : "memory");
   return v;
 }
+FF_DEVICE u16 load_shared16(u32 a) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(a) : "memory");
+  return v;
+}
 FF_DEVICE float load_shared_float(u32 a) { return __uint_as_float(load_shared(a)); }
 FF_DEVICE void store_shared(u32 a, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
 FF_DEVICE void store_shared_float(u32 a, float v) { store_shared(a, __float_as_uint(v)); }
@@ -126,6 +144,8 @@ FF_DEVICE u32 load_shared_acquire(u32 a) {
 FF_DEVICE void store_shared_release(u32 a, u32 v) {
   asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory");
 }
+
+FF_DEVICE void add_shared(u32 a, u32 v) { asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
 
 // ---- barriers ----
 
@@ -234,4 +254,6 @@ FF_DEVICE u32 load_volatile(const u32* p) {
   asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+FF_DEVICE void add_global(u32* p, u32 v) { asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+FF_DEVICE void add_global(u64* p, u64 v) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
 FF_DEVICE void store_host(u64* p, u64 v) { asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }

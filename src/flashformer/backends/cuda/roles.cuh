@@ -39,7 +39,7 @@ struct Layout {
   static constexpr int kDone = kReductionEmpty + kReductionBuffers * 8;  // consumers are through with a token
   static constexpr int kAttended = kDone + 8;  // consumers have published their part of attention
   static constexpr int kFull = kAttended + 8;
-  static constexpr int kMaxSlots = 16;
+  static constexpr int kMaxSlots = M::kMostSlots;
   static constexpr int kEmpty = kFull + kMaxSlots * 8;
   static constexpr int kRing = round_up(kEmpty + kMaxSlots * 8, 128);
   static constexpr int kFit = (M::kSharedBytes - kRing) / M::kSlotBytes;
@@ -113,6 +113,7 @@ struct Consumer : Block<M> {
 
   FF_DEVICE u32 chunk_address() const { return this->shared + L::kRing + slot * M::kSlotBytes; }
   FF_DEVICE void acquire() const { barrier_wait(this->shared + L::kFull + slot * 8, phase, this->watch); }
+  FF_DEVICE bool landed() const { return __all_sync(kAllLanes, barrier_test(this->shared + L::kFull + slot * 8, phase)); }
   FF_DEVICE void release() {
     __syncwarp();
     if (this->lane == 0) barrier_arrive(this->shared + L::kEmpty + slot * 8);
@@ -141,9 +142,23 @@ struct Finisher : Block<M> {
   u32 turn;              // groups of other finishers before this one's next
   u32 half = 0, phase = 0;  // which of its two reduction buffers is next, and its phase
   u32 attended = 0;  // how many times this block had a part of attention
-  float best;       // greedy candidate of this lane
+  float best;       // this lane's candidate for the next token: its score; NaN once a score was
   u32 best_row;
   u32 token;
+
+  static constexpr u32 kNobody = 0x7fffffffu;  // in the place of a candidate's row
+  FF_DEVICE void forget() {
+    best = -INFINITY;
+    best_row = kNobody;
+  }
+  FF_DEVICE void propose(float score, u32 row) {  // rows come ascending
+    if (score > best) best_row = row;
+    best = max_nan(best, score);
+  }
+  FF_DEVICE void merge(float score, u32 row) {  // another's candidate
+    if (score > best || (score == best && row < best_row)) best_row = row;
+    best = max_nan(best, score);
+  }
 
   FF_DEVICE u32 buffer() const { return index + half * M::kFinishers; }
   FF_DEVICE void acquire() const { barrier_wait(this->shared + L::kReductionFull + buffer() * 8, phase, this->watch); }

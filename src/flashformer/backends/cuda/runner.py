@@ -5,23 +5,29 @@ from __future__ import annotations
 import ctypes
 import time
 import warnings
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ...errors import DeviceError
+from ...ops.attention import CODES
 from ...ops.rope import rope_table
-from ...plan import Plan
+from ...plan import BLOCK_POSITIONS, Plan
 from ...tape import Tape, lay_tapes
-from .. import Progress, RunStats, no_progress
-from .codegen import TILE_BITS, Params, Source, generate, threads
+from .. import GREEDY, Progress, RunStats, no_progress
+from ..sampling import MAX_LOGPROBS, NOTHING, REPORT_WORDS, Flag, Sampling, SamplingStruct, Scores, checked_token, read_report
+from .codegen import HISTOGRAM_WORDS, TILE_BITS, Params, Source, generate, threads
 from .compile import Kernel, compile_source
-from .driver import Context, DeviceInfo, probe
-from .pack import THREADS, Packer, Weights, gather_vectors, pack_words
+from .driver import Context, DeviceInfo, check, probe
+from .pack import KINDS, THREADS, Packer, Weights, gather_vectors, pack_words
 
 MAX_STOP = 64  # stop tokens of a launch
 LOGIT_ROWS = 64  # positions of a launch that returns logits
+REPORT_SECONDS = 3.0  # that log probabilities may arrive after their token
 POISON = 0xFF  # outputs hold NaN until the kernel has written them
 
 
@@ -39,6 +45,17 @@ def device_for(plan: Plan) -> DeviceInfo:
     return info
 
 
+def chunk_table(plan: Plan, tape: Tape) -> np.ndarray:
+    """The producers' table of chunks, uint32 [workers, chunks, 2]: `table` of `PARAMETERS`."""
+    entries = np.zeros((plan.target.workers, tape.offset.shape[0], 2), np.uint32)
+    entries[:, :, 0] = tape.offset.T
+    entries[:, :, 1] = tape.size.T
+    for index, stage in enumerate(plan.stages):
+        if stage.kind == "attention":
+            entries[np.arange(plan.target.workers), tape.first_chunk(index), 0] = stage.layer
+    return entries
+
+
 class CudaRunner:
     """Implements `Runner` (backends/__init__.py) on one GPU; `weights` are packed as it is made."""
 
@@ -49,7 +66,7 @@ class CudaRunner:
         self.source: Source = generate(plan)
         progress("compiling", 0, 1)
         self.kernel: Kernel = compile_source(self.source.text, plan.target)
-        tools = compile_source('#include "tools.cuh"\n', plan.target, "cuda-tools")
+        tools = compile_source('#include "code_tools.cuh"\n', plan.target, "cuda-tools")
         progress("compiling", 1, 1)
         with ThreadPoolExecutor(1) as pool:
             rope = pool.submit(rope_table, plan.config, plan.max_context)  # a thread has it ready before the weights are packed
@@ -74,10 +91,8 @@ class CudaRunner:
                 f"{kv_bytes / 1e9:.1f} KV cache for {plan.max_context} positions), {free / 1e9:.1f} are free; "
                 "choose a smaller --max-context or a smaller model"
             )
-        module = context.load(self.kernel.cubin)
-        self.function = context.function(module, "flashformer_decode")
+        self.function = self.ready(self.kernel, plan)
         self.tools = context.load(tools.cubin)
-        context.allow_shared(self.function, plan.target.shared_bytes)
         if context.blocks_per_sm(self.function, threads(plan), plan.target.shared_bytes) < 1:
             raise DeviceError(f"one block of this kernel does not fit on an SM of {self.info.name}")
 
@@ -89,12 +104,7 @@ class CudaRunner:
         for name in (*strange, *strange_vectors):
             warnings.warn(f"{name} holds values that are not finite; the model's output will not be, either", stacklevel=2)
 
-        entries = np.zeros((plan.target.workers, tape.offset.shape[0], 2), np.uint32)
-        entries[:, :, 0] = tape.offset.T
-        entries[:, :, 1] = tape.size.T
-        for index, stage in enumerate(plan.stages):
-            if stage.kind == "attention":
-                entries[np.arange(plan.target.workers), tape.first_chunk(index), 0] = stage.layer
+        entries = chunk_table(plan, tape)
         head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
         self.token_address, tokens = context.allocate_pinned(8 * (plan.max_context + 1), "tokens", fill=0)
         self.tokens = tokens.view(np.uint64)
@@ -105,6 +115,9 @@ class CudaRunner:
         self.logit_address = 0
         self.forced = context.allocate(4 * plan.max_context, "prompt")
         self.stop = context.allocate(4 * MAX_STOP, "stop tokens")
+        self._sampling: dict[str, int] = {}  # addresses of what sampling uses, claimed when it first does
+        self.report = np.empty((0, REPORT_WORDS), np.uint64)  # log probabilities, a row a token of the latest launch
+        self._alternatives = 0  # that it reports for each
         self.params = Params(
             tape=self.arena,
             table=context.upload(entries, "chunk table"),
@@ -127,7 +140,28 @@ class CudaRunner:
         )
         context.wait()
 
-    def launch(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int] = (), logits: bool = False) -> None:
+    def ready(self, kernel: Kernel, plan: Plan) -> Any:
+        """The function of a kernel that was made for `plan`, loaded and allowed its shared memory."""
+        function = self.context.function(self.context.load(kernel.cubin), "flashformer_decode")
+        self.context.allow_shared(function, plan.target.shared_bytes)
+        return function
+
+    @contextmanager
+    def instead(self, function: Any, plan: Plan) -> Iterator[None]:
+        """Run another kernel (see `ready`) on the same weights for a while.
+
+        Its plan differs in numbers of the target that leave every weight and buffer in place, and has no more copies of the vectors.
+        """
+        usual = self.function, self.plan
+        self.function, self.plan = function, plan
+        try:
+            yield
+        finally:
+            self.function, self.plan = usual
+
+    def launch(
+        self, tokens: Sequence[int], start: int, count: int, stop: Collection[int] = (), sampling: Sampling = GREEDY, logits: bool = False
+    ) -> None:
         """Start the kernel: `tokens` at positions start.., then `count` - 1 of its own choices."""
         if self.context.context is None:
             raise DeviceError("this model has been closed")
@@ -142,8 +176,12 @@ class CudaRunner:
         # Tags must never repeat: before they would wrap, the exchange memory is cleared and counting starts again.
         if (p.epoch + steps + 1) * (self.plan.config.num_layers + 1) >= 1 << 32:
             self._clear_exchange()
-        self._inputs = (np.array(tokens, np.uint32), np.array(sorted(stop) or [0], np.uint32))  # alive until the copy is done
-        for pointer, values in zip((self.forced, self.stop), self._inputs, strict=True):
+        self._inputs = [  # alive until the copies are done
+            (self.forced, np.array(tokens, np.uint32)),
+            (self.stop, np.array(sorted(stop) or [0], np.uint32)),
+        ]
+        p.sampling = self._prepare(sampling, count)
+        for pointer, values in self._inputs:
             self.context.copy_async(pointer, values.ctypes.data, values.nbytes)
         self.cancel[0] = 0
         p.start, p.forced_count, p.stop_count, p.steps = start, len(tokens), len(stop), steps
@@ -153,6 +191,36 @@ class CudaRunner:
             self.function, self.plan.target.workers, threads(self.plan), (p,), self.plan.target.shared_bytes, cooperative=True
         )
         p.epoch += steps
+
+    def _prepare(self, sampling: Sampling, count: int) -> SamplingStruct:
+        """Claim what a launch of `count` tokens uses to sample, and make it ready; what it copies is added to `_inputs`."""
+        vocab, flags, context = self.plan.config.vocab_size, sampling.flags, self.context
+
+        def claim(name: str, nbytes: int) -> int:
+            if name not in self._sampling:
+                self._sampling[name] = context.allocate(nbytes, "sampling")
+            return self._sampling[name]
+
+        pointers: dict[str, int] = {}
+        for name, values in (("bias", sampling.bias), ("seen", sampling.seen)):
+            if values is not None:
+                pointers[name] = claim(name, 4 * vocab)
+                self._inputs.append((pointers[name], values))
+        if flags & (Flag.TOP_K | Flag.TOP_P | Flag.MIN_P):
+            pointers["scores"] = claim("scores", 4 * vocab)
+            pointers["histograms"] = claim("histograms", 4 * HISTOGRAM_WORDS)
+            context.driver.cuMemsetD8Async(pointers["histograms"], 0, 4 * HISTOGRAM_WORDS, context.stream)
+        self._alternatives = sampling.logprobs or 0
+        if flags & Flag.REPORTED:
+            pointers["raw"] = claim("raw", 2 * 4 * vocab)
+            pointers["summaries"] = claim("summaries", 8 * (1 + MAX_LOGPROBS) * self.plan.target.workers)
+            if "report" not in self._sampling:
+                words = (self.plan.max_context + 1, REPORT_WORDS)
+                self._sampling["report"], report = context.allocate_pinned(8 * words[0] * words[1], "log probabilities")
+                self.report = report.view(np.uint64).reshape(words)
+            pointers["report"] = self._sampling["report"]
+            self.report[:count] = NOTHING
+        return sampling.struct(**pointers)
 
     def _clear_exchange(self) -> None:
         """Forget every tag."""
@@ -176,10 +244,12 @@ class CudaRunner:
             "please report this with the model's configuration"
         )
 
-    def generate(self, tokens: Sequence[int], start: int, count: int, stop: Collection[int]) -> Generator[int, None, None]:
+    def generate(
+        self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
+    ) -> Generator[int, None, None]:
         """See `Runner.generate`."""
         began = time.perf_counter()
-        self.launch(tokens, start, count, stop)
+        self.launch(tokens, start, count, stop, sampling)
         marker = self.context.event()
         run, made, first, last = self.params.run, 0, began, began
         try:
@@ -193,7 +263,7 @@ class CudaRunner:
                 last = time.perf_counter()
                 first = last if made == 0 else first
                 made += 1
-                token = word & 0xFFFFFFFF
+                token = checked_token(word & 0xFFFFFFFF, start + len(tokens) + made - 1)
                 yield token
                 if token in stop:
                     break
@@ -208,6 +278,15 @@ class CudaRunner:
                 len(tokens), start, first - began, made, last - first,
                 sum(self.plan.token_bytes(context + i) for i in range(max(made - 1, 0))),
             )  # fmt: skip
+
+    def scores(self, index: int) -> Scores:
+        """See `Runner.scores`. Raises DeviceError where they do not come, though the token did."""
+        words = self.report[index]
+        deadline = time.perf_counter() + REPORT_SECONDS
+        while (words[: 2 + self._alternatives] == NOTHING).any():  # they are on their way
+            if time.perf_counter() > deadline:
+                raise DeviceError(f"the log probabilities of token {index} did not come within {REPORT_SECONDS:g} s")
+        return read_report(words, self._alternatives)
 
     def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
         """See `Runner.logits`."""
@@ -224,23 +303,35 @@ class CudaRunner:
             self.context.download(self.logit_address, out[at : at + len(part)], "logits")
         return out
 
-    def time_generate(self, start: int, count: int) -> float:
-        """Seconds on the device for one launch of `count` greedy tokens from position `start` (benchmarks)."""
+    def time_generate(self, start: int, count: int, sampling: Sampling = GREEDY) -> float:
+        """Seconds on the device for one launch of `count` tokens from position `start` (benchmarks)."""
         self.context.use()
         first = self.context.event()
-        self.launch([1], start, count)
+        self.launch([1], start, count, (), sampling)
         seconds = self.context.elapsed(first, self.context.event())
         self.finish()
         return seconds
 
     def fill_kv(self) -> None:
         """Random values for every position of the KV cache: a benchmark reads positions that nobody has computed."""
-        pairs = self.plan.config.num_layers * self.plan.kv.layer_bytes // 4
-        arguments = (
-            ctypes.c_uint64(self.params.kv), ctypes.c_uint64(pairs), ctypes.c_uint64(0), ctypes.c_uint32(1), ctypes.c_float(1.0),
-        )  # fmt: skip
-        self.context.use()
-        self.context.launch(self.context.function(self.tools, "flashformer_random"), -(-pairs // THREADS), THREADS, arguments)
+        context, kv, address = self.context, self.plan.kv, self.params.kv
+        nbytes = self.plan.config.num_layers * kv.layer_bytes
+
+        def fill(name: str, count: int, *how: Any) -> None:
+            arguments = (ctypes.c_uint64(address), ctypes.c_uint64(count), ctypes.c_uint64(0), ctypes.c_uint32(1), *how)
+            context.launch(context.function(self.tools, name), -(-count // THREADS), THREADS, arguments)
+
+        context.use()
+        if kv.type == "native":
+            fill("flashformer_random", nbytes // 4, ctypes.c_float(1.0))
+            return
+        kind = KINDS["fp8" if kv.type == "fp8" else "int", 8]
+        fill("flashformer_random_codes", nbytes, *map(ctypes.c_uint32, (kind, 0, 0)))  # no code stands for another
+        # One scale for all, so that values lie between -1 and 1.
+        scale, scales = int(np.array(1 / CODES[kv.type][1], ml_dtypes.bfloat16).view(np.uint16)), 2 * BLOCK_POSITIONS
+        at = address + kv.block_bytes - scales * kv.scale_bytes
+        filled = context.driver.cuMemsetD2D16Async(at, kv.block_bytes, scale, scales, nbytes // kv.block_bytes, context.stream)
+        check(filled, "fill the scales of the KV cache")
 
     def trace(self, start: int, count: int) -> np.ndarray:
         """When the last of `count` greedy tokens from position `start` passed each stage: nanoseconds (`Block::mark`, roles.cuh).
@@ -252,16 +343,15 @@ class CudaRunner:
         kernel = compile_source(source.text, target)
         stamps = np.zeros((2, target.workers, self.plan.config.num_layers + 1, len(source.stage_names), 2), np.uint64)
         context.use()
-        plain, self.function = self.function, context.function(context.load(kernel.cubin), "flashformer_decode")
         self.params.trace = context.upload(stamps, "timestamps")
         try:
-            context.allow_shared(self.function, target.shared_bytes)
-            self.launch([1], start, count)
-            self.finish()
+            with self.instead(self.ready(kernel, self.plan), self.plan):
+                self.launch([1], start, count)
+                self.finish()
             return context.download(self.params.trace, stamps, "timestamps")
         finally:
             context.free(self.params.trace)
-            self.params.trace, self.function = 0, plain
+            self.params.trace = 0
 
     def read_bandwidth(self) -> float:
         """Best of plain vector loads and bulk copies over the weights, in GB/s; see `Runner.read_bandwidth`."""

@@ -54,7 +54,7 @@ struct Producer : Block<M> {
   u32 step = 0, left = 0;         // load cursor: token of this launch, entries left of it
   u32 window_step = 0, window_index = 0;  // where `window` begins
   u32 offset = 0;                 // of the load cursor in the window
-  uint2 current;                  // entry at the load cursor: (offset / 512, bytes)
+  uint2 current;                  // entry at the load cursor: (offset in units, bytes)
   uint2 window[2];                // 64 entries, one a lane in each half; the cursor is in the first, the second is loading
   u32 issued = 0, landed = 0, freed = 0;
   u32 issue_slot = 0, land_slot = 0, land_phase = 0, free_slot = 0, free_phase = 0;
@@ -70,7 +70,7 @@ struct Producer : Block<M> {
     left = entries(0);
     while (step < this->p.steps) {
       if (!wait_room()) break;
-      if (current.y != 0) copy(this->p.tape + (u64)current.x * 512, current.y);
+      if (current.y != 0) copy(this->p.tape + (u64)current.x * M::kChunkUnit, current.y);
       else if (!stream_kv(current.x)) break;
       advance();
     }
@@ -164,9 +164,9 @@ struct Producer : Block<M> {
     else e = pick(window[1], offset + ahead);
     if (e.y == kEnd) return;
     if (e.y) {
-      if (this->lane == 0) bulk_prefetch(this->p.tape + (u64)e.x * 512, e.y);
+      if (this->lane == 0) bulk_prefetch(this->p.tape + (u64)e.x * M::kChunkUnit, e.y);
       last_prefetch = now;
-      prefetch_pause = e.y / 512 * M::kPrefetchCycles / (M::kSlotBytes / 512);
+      prefetch_pause = e.y / 128 * M::kPrefetchCycles / 128;  // of 16 KB
     }
     ahead++;
   }

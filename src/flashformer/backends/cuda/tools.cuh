@@ -21,62 +21,70 @@ FF_DEVICE u32 convert_pair(const void* source, u64 index, u32 columns, u32 type,
   return T::pack(a, b);
 }
 
-// One weight's place on the tapes; see linear.cuh for fragments, pack.py for the fields.
-struct PackJob {
-  const void* source;      // [rows][columns], rows first_row.. of the weight
+// One weight's place on the tapes: see tape.py and linear.cuh. Filled by pack.py.
+struct Placement {
   u8* tape;
-  const u64* tile_offset;  // [tiles][parts] bytes
-  u32* strange;            // set where a value is not finite
-  u32 type, half_type, first_row, rows, columns;
+  const u64* tile_offset;               // [tiles][parts] bytes: a tile's fragments in each of its chunks
+  u32 first_row, rows, columns;         // of the weight: those that are packed now, and how long they are
   u32 row_base, row_group, row_stride;  // row r of the weight is row base + r / group * stride + r % group of the stage
   u32 column_group, column_stride;      // the same for columns
   int half;                             // of an interleaved stage: 0 gate, 1 up; -1: not interleaved
   u32 warps_columns, fragments, parts;
 };
 
+struct TileRow {
+  u32 tile, row;
+};
+FF_DEVICE TileRow place_row(const Placement& p, u32 row) {
+  if (p.half >= 0) return {row / 4, row % 4 + 4 * p.half};
+  const u32 at = p.row_base + row / p.row_group * p.row_stride + row % p.row_group;
+  return {at / 8, at % 8};
+}
+
+// The part that fragment f of a warp is in, its place there, and how many fragments of a warp the part has.
+struct InPart {
+  u32 part, place, size;
+};
+FF_DEVICE InPart place_fragment(const Placement& p, u32 f) {
+  const u32 small = p.fragments / p.parts, large = p.fragments % p.parts;  // `large` parts have one fragment more
+  if (f < large * (small + 1)) return {f / (small + 1), f % (small + 1), small + 1};
+  f -= large * (small + 1);
+  return {large + f / small, f % small, small};
+}
+
+// The column of the weight that column `at` of the stage is, or `columns` where there is none.
+FF_DEVICE u32 source_column(const Placement& p, u32 at) {
+  const u32 in_group = at % p.column_stride, from = at / p.column_stride * p.column_group + in_group;
+  return in_group < p.column_group && from < p.columns ? from : p.columns;
+}
+
+struct PackJob {
+  const void* source;  // [rows][columns]
+  u32* strange;        // set where a value is not finite
+  Placement place;
+  u32 type, half_type;
+};
+
 // Thread: one lane's 16 bytes of a fragment, which belong to one row of the weight.
 template <class T>
 FF_DEVICE void pack(const PackJob& j) {
+  const Placement& p = j.place;
   const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-  const u32 lane = thread & 31, total = j.warps_columns * j.fragments;
+  const u32 lane = thread & 31, total = p.warps_columns * p.fragments;
   const u32 fragment = (u32)(thread / 32 % total), local = (u32)(thread / 32 / total) * 8 + lane / 4;
-  if (local >= j.rows) return;
-  const u32 row = j.first_row + local;
-  u32 tile, in_tile;
-  if (j.half >= 0) {
-    tile = row / 4;
-    in_tile = row % 4 + 4 * j.half;
-  } else {
-    const u32 at = j.row_base + row / j.row_group * j.row_stride + row % j.row_group;
-    tile = at / 8;
-    in_tile = at % 8;
-  }
-  const u32 warp = fragment / j.fragments, f = fragment % j.fragments;
-  const u32 small = j.fragments / j.parts, large = j.fragments % j.parts;  // `large` parts have one fragment more
-  u32 part, in_part, size;
-  if (f < large * (small + 1)) {
-    size = small + 1;
-    part = f / size;
-    in_part = f % size;
-  } else {
-    size = small;
-    part = large + (f - large * (small + 1)) / size;
-    in_part = (f - large * (small + 1)) % size;
-  }
+  if (local >= p.rows) return;
+  const TileRow to = place_row(p, p.first_row + local);
+  const u32 warp = fragment / p.fragments;
+  const InPart in = place_fragment(p, fragment % p.fragments);
   u32 v[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const u32 at = fragment * 32 + (lane & 3) * 4 + (i & 1) * 16 + (i >> 1) * 2;  // column of the stage
-    u32 columns = 0, from = 0;
-    const u32 group = at / j.column_stride, in_group = at % j.column_stride;
-    if (in_group < j.column_group) {
-      from = group * j.column_group + in_group;
-      if (from < j.columns) columns = in_group + 1 < j.column_group && from + 1 < j.columns ? 2 : 1;
-    }
-    v[i] = columns ? convert_pair<T>(j.source, (u64)local * j.columns + from, columns, j.type, j.strange) : 0;
+    const u32 from = source_column(p, at), count = from == p.columns ? 0 : source_column(p, at + 1) == from + 1 && from + 1 < p.columns ? 2 : 1;
+    v[i] = count ? convert_pair<T>(j.source, (u64)local * p.columns + from, count, j.type, j.strange) : 0;
   }
-  u8* to = j.tape + j.tile_offset[tile * j.parts + part] + (u64)(warp * size + in_part) * 512 + (in_tile * 4 + (lane & 3)) * 16;
-  *(uint4*)to = make_uint4(v[0], v[1], v[2], v[3]);
+  u8* out = p.tape + p.tile_offset[to.tile * p.parts + in.part] + (u64)(warp * in.size + in.place) * 512 + (to.row * 4 + (lane & 3)) * 16;
+  *(uint4*)out = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
 extern "C" __global__ void flashformer_pack(const __grid_constant__ PackJob job) {
@@ -93,19 +101,22 @@ extern "C" __global__ void flashformer_convert(const void* source, u32* to, u64 
                     : convert_pair<Bfloat16>(source, 2 * i, count, type, strange);
 }
 
-// Random bf16 values, uniform in [-scale, scale): a counter through an integer hash, so any part can be made alone.
+// Number n of a stream of random bits: a counter through an integer hash, so any part can be made alone.
+FF_DEVICE u32 random_bits(u64 n, u32 seed) {
+  u32 h = (u32)n * 0x9E3779B1u ^ (u32)(n >> 32) * 0x85EBCA77u ^ seed;
+  h ^= h >> 16;
+  h *= 0x7feb352du;
+  h ^= h >> 15;
+  h *= 0x846ca68bu;
+  h ^= h >> 16;
+  return h;
+}
+
+// Random bf16 values, uniform in [-scale, scale).
 extern "C" __global__ void flashformer_random(u32* to, u64 pairs, u64 first, u32 seed, float scale) {
   const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= pairs) return;
-  auto draw = [&](u64 n) {
-    u32 h = (u32)n * 0x9E3779B1u ^ (u32)(n >> 32) * 0x85EBCA77u ^ seed;
-    h ^= h >> 16;
-    h *= 0x7feb352du;
-    h ^= h >> 15;
-    h *= 0x846ca68bu;
-    h ^= h >> 16;
-    return ((int)(h >> 8) - (1 << 23)) * (scale / (1 << 23));
-  };
+  auto draw = [&](u64 n) { return ((int)(random_bits(n, seed) >> 8) - (1 << 23)) * (scale / (1 << 23)); };
   to[i] = Bfloat16::pack(draw(2 * (first + i)), draw(2 * (first + i) + 1));
 }
 

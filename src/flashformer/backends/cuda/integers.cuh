@@ -1,0 +1,212 @@
+// The product of codes that are integers, or become some, with x: by integer matrix instructions, which take codes nearly as they are.
+//
+// x becomes 15-bit fixed point, x = scale * (256 high + low), with one power of two as the scale of a warp's columns, and its halves are two
+// columns of B: instruction m16n8k32 multiplies steps of 32 columns, and column n of B holds step n / 2 of a slice of 128, high or low.
+// As in linear.cuh rows 0-7 of A are a tile at one step and rows 8-15 the tile at the next, so that x costs two registers for 128 values
+// (four, as it is kept here: of the steps of the first instruction, zero elsewhere, and of those of the second). Lane (g, t) finds the sum of
+// row g and step t in its accumulators, and scales it by the scale of the group of these 32 columns.
+#pragma once
+#include "codes.cuh"
+
+// d += a (16 x 32 bytes) * b (32 x 8 signed bytes); lane (g, t) holds a.x = (row g, k 4t..), a.y = (row g + 8, k 4t..), a.z = (row g, k 4t + 16..),
+// a.w = (row g + 8, k 4t + 16..), b0 = (k 4t.., column g), b1 = (k 4t + 16.., column g), d as in `mma`.
+template <bool kSigned>
+FF_DEVICE void mma_bytes(int (&d)[4], const uint4& a, u32 b0, u32 b1) {
+  if constexpr (kSigned)
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// ---- codes: `operand` of instruction f, kUpperFactor: what the sums of the second instruction are too large by ----
+
+FF_DEVICE constexpr int step_column(int instruction, int a, int i) { return (2 * instruction + (a & 1)) * 32 + (a >> 1) * 16 + i; }
+
+// -128 to 127: bytes as they are.
+struct Byte {
+  static constexpr bool kInteger = true, kSigned = true;
+  static constexpr int kBits = 8;
+  static constexpr float kFactor = 1, kUpperFactor = 1, kZero = 0, kBias = 0;
+  static FF_DEVICE int column(int load, int r, int i) { return step_column(load, r, i); }
+  static FF_DEVICE u32 place(const u8* codes) { return codes[0] | codes[1] << 8 | codes[2] << 16 | (u32)codes[3] << 24; }
+  static FF_DEVICE uint4 operand(const uint4* raw, int f) { return raw[f]; }
+};
+
+// 0 to 15: the low halves of bytes are the first instruction's, the high halves the second's, which multiplies 16 times the code.
+struct HalfByte {
+  static constexpr bool kInteger = true, kSigned = false;
+  static constexpr int kBits = 4;
+  static constexpr float kFactor = 1, kUpperFactor = 16, kZero = 8, kBias = 0;
+  static FF_DEVICE int column(int, int r, int i) { return step_column(i >> 2, r, i & 3); }
+  static FF_DEVICE u32 place(const u8* codes) {
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) word |= (u32)(codes[i] & 15) << (8 * (i & 3) + 4 * (i >> 2));
+    return word;
+  }
+  static FF_DEVICE uint4 operand(const uint4* raw, int f) {
+    const u32 mask = f ? 0xf0f0f0f0u : 0x0f0f0f0fu;
+    return make_uint4(raw[0].x & mask, raw[0].y & mask, raw[0].z & mask, raw[0].w & mask);
+  }
+};
+
+// Numbers of 16 values that are small multiples of kFactor, the upper eight the lower eight with a minus: fp4 (e2m1). V has kUp and kDown: 64 plus
+// and 64 minus the eight multiples, in bytes. A selector with its high bit set repeats the sign of a byte, which is 0 of all these: what
+// one table does not know adds nothing to what the other knows.
+template <class V>
+struct ByteTable {
+  static constexpr bool kInteger = true, kSigned = false;
+  static constexpr int kBits = 4;
+  static constexpr float kFactor = V::kFactor, kUpperFactor = 1, kZero = 0, kBias = 64;
+  static FF_DEVICE int column(int, int r, int i) { return step_column(r >> 1, 2 * (r & 1) + (i >> 2), i & 3); }
+  static FF_DEVICE u32 place(const u8* codes) {
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) word |= (u32)(codes[i] & 15) << (4 * i);
+    return word;
+  }
+  static FF_DEVICE uint4 operand(const uint4* raw, int f) {
+    const u32 a = f ? raw[0].z : raw[0].x, b = f ? raw[0].w : raw[0].y;
+    const u32 na = a ^ 0x88888888u, nb = b ^ 0x88888888u;
+    return make_uint4(value(a, na), value(a >> 16, na >> 16), value(b, nb), value(b >> 16, nb >> 16));
+  }
+
+ private:
+  static FF_DEVICE u32 value(u32 up, u32 down) { return permute(V::kUp[0], V::kUp[1], up) | permute(V::kDown[0], V::kDown[1], down); }
+};
+
+// ---- the product ----
+
+// x as fixed point; made once a stage from the words that were gathered.
+// NOTE: at most 2^-14 of the largest value of a warp's columns is lost of each, which is less than the rounding to bf16 costs the largest alone.
+template <class M, class S>
+struct IntegerOperand {
+  using F = typename S::Format;
+  using Code = typename F::Code;
+  using T = typename M::Value;
+  static constexpr int kSlices = S::kFragments;
+  static constexpr bool kOffsets = F::kOffset != Offset::kNone;
+  static constexpr float kZero = Code::kBias + (kOffsets ? 0 : Code::kZero);  // what is to be taken from all codes
+  static constexpr int kSums = (kZero != 0 ? 1 : 0) + (kOffsets ? 1 : 0);
+  static constexpr int kSumSlices = F::kGroup ? kSlices : 1;
+  u32 x[kSlices][2][2];  // [instruction][register]
+  float sum[kSumSlices][kSums ? kSums : 1];  // of a lane's step: what kZero adds to a product, then the plain sum
+  float factor;          // of this lane's results
+
+  template <class X>
+  FF_DEVICE void prepare(const X& from, u32 lane) {
+    const float magnitude = largest(from);
+    u32 exponent = __float_as_uint(magnitude) >> 23;  // the largest value becomes 2^13 to 2^14
+    exponent = exponent < 20 ? 20 : exponent;
+    const float scale = __uint_as_float((267 - exponent) << 23);
+    factor = __uint_as_float((exponent - 13) << 23) * Code::kFactor * (lane & 2 ? 1 / Code::kUpperFactor : 1);
+    if (exponent == 255) factor = __int_as_float(0x7fffffff);  // integers cannot say what is not finite
+    const bool odd = lane & 4, upper = lane & 16;
+#pragma unroll
+    for (int i = 0; i < kSumSlices; i++)
+#pragma unroll
+      for (int j = 0; j < kSums; j++) sum[i][j] = 0;
+#pragma unroll
+    for (int i = 0; i < kSlices; i++) {
+      // Integers in the mantissas of 1.5 * 2^23 + 128 + value: byte 1 is the high half, byte 0 the low half plus 128.
+      constexpr float kMagic = 12582912.f + 128.f;
+      u32 v[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[j] = __float_as_uint(fmaf(pick(from.value[i][j >> 1], j & 1), scale, kMagic));
+      const u32 a = permute(v[0], v[1], 0x5140), b = permute(v[2], v[3], 0x5140);
+      const u32 low = permute(a, b, 0x5410) ^ 0x80808080u, high = permute(a, b, 0x7632);
+      const u32 other = __shfl_xor_sync(kAllLanes, odd ? high : low, 4);
+      const u32 b0 = odd ? other : high, b1 = odd ? low : other;
+      if constexpr (kSums > 0) {
+        int d[4] = {};  // (any row, high and low of step t)
+        mma_bytes<true>(d, make_uint4(0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u), b0, b1);
+        const float all = (float)(d[0] * 256 + d[1]) * (lane & 2 ? Code::kUpperFactor : 1);
+        float(&to)[kSums] = sum[F::kGroup ? i : 0];
+        if constexpr (kZero != 0) to[0] += kZero * all;
+        if constexpr (kOffsets) to[kSums - 1] += all;
+      }
+      x[i][0][0] = upper ? 0 : b0;
+      x[i][0][1] = upper ? 0 : b1;
+      x[i][1][0] = upper ? b0 : 0;
+      x[i][1][1] = upper ? b1 : 0;
+    }
+  }
+
+ private:
+  static FF_DEVICE float pick(u32 pair, int i) {
+    if constexpr (T::kIsHalf) return T::unpack((u16)(i ? pair >> 16 : pair));
+    return __uint_as_float(i ? pair & 0xffff0000u : pair << 16);
+  }
+  // The largest magnitude of the warp's values.
+  template <class X>
+  static FF_DEVICE float largest(const X& from) {
+    u32 top = 0;
+#pragma unroll
+    for (int i = 0; i < kSlices; i++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) top = larger(top, from.value[i][j] & 0x7fff7fffu);
+    top = (top >> 16) > (top & 0xffff) ? top >> 16 : top & 0xffff;
+    asm("redux.sync.max.u32 %0, %0, 0xffffffff;" : "+r"(top));
+    return T::unpack((u16)top);
+  }
+  static FF_DEVICE u32 larger(u32 a, u32 b) {  // of two pairs, not negative: as integers they have the same order
+    u32 r;
+#if __CUDA_ARCH__ >= 900
+    asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+#else
+    const u32 high = (a & 0xffff0000u) > (b & 0xffff0000u) ? a & 0xffff0000u : b & 0xffff0000u;
+    const u32 low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;
+    r = high | low;
+#endif
+    return r;
+  }
+};
+
+// One lane's part of the product of a tile with x.
+template <class M, class S>
+struct IntegerProduct {
+  using F = typename S::Format;
+  using Code = typename F::Code;
+  using Scale = typename F::Scale;
+  using Raw = typename Scale::Raw;
+  using X = IntegerOperand<M, S>;
+
+  float total = 0;
+  int set[4] = {};  // where all columns have one scale: over all slices
+  Raw row_scale, row_offset;
+
+  // Add the product of a part whose first slice is `first`.
+  template <int first, bool kLast, int size>
+  FF_DEVICE void add(const Loaded<S, size>& part, const X& x, u32 lane) {
+#pragma unroll
+    for (int i = 0; i < size; i++) {
+      if constexpr (F::kGroup != 0) set[0] = set[1] = set[2] = set[3] = 0;
+#pragma unroll
+      for (int f = 0; f < 2; f++) mma_bytes<Code::kSigned>(set, Code::operand(part.raw[i], f), x.x[first + i][f][0], x.x[first + i][f][1]);
+      if constexpr (F::kGroup != 0) total = scaled(lane, x.sum[first + i], part.scale[i][0], part.offset[i][0]);
+    }
+    if constexpr (F::kGroup == 0 && kLast) row_scale = part.scale[0][0], row_offset = part.offset[0][0];
+  }
+
+  FF_DEVICE float result(u32 lane, const X& x) {
+    if constexpr (F::kGroup == 0) total = scaled(lane, x.sum[0], row_scale, row_offset);
+    return total * x.factor;
+  }
+
+ private:
+  static constexpr int kSums = X::kSums ? X::kSums : 1;
+  // total + scale (sum of code * x - zero * plain) + minimum * plain.
+  FF_DEVICE float scaled(u32 lane, const float (&sums)[kSums], Raw scale, Raw offset) const {
+    const bool odd = lane & 1;
+    float sum = (float)((odd ? set[2] : set[0]) * 256 + (odd ? set[3] : set[1]));
+    const float plain = sums[kSums - 1];
+    if constexpr (X::kZero != 0) sum -= sums[0];
+    if constexpr (F::kOffset == Offset::kZero) sum -= Scale::value(offset) * plain;
+    const float now = total + Scale::value(scale) * sum;
+    return F::kOffset == Offset::kMinimum ? now + Scale::value(offset) * plain : now;
+  }
+};
