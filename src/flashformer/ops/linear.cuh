@@ -236,33 +236,20 @@ struct Linear {
   }
 
   // The same of codes: all groups, handed over a few at a time.
+  // NOTE: to load the next group before the work on this one costs more instructions than the loads cost time.
   static FF_DEVICE void multiply_codes(Consumer<M>& c, const Operand<S>& x, u32 tiles, u32 groups) {
     using Product = typename ProductOf<M, S>::Type;
-    using First = Loaded<S, part_size(S::kFragments, S::kParts, 0)>;
     typename Product::X operand;
     operand.prepare(x, c.lane);
     float sums[kTogether] = {};
-    First part;
-    load<0>(c, part, tiles, groups, 0);
 #pragma unroll 1
     for (u32 group = 0; group < groups; group++) {
       Product product;
-      bool early = false;
-      if constexpr (S::kParts == 1) {
-        // What comes next is loaded first, if it is there: the loads are hidden behind the work on this one.
-        const First now = part;
-        early = group + 1 < groups && ((group + 1) % S::kStack != 0 || c.landed());
-        if (early) load<0>(c, part, tiles, groups, group + 1);
-        product.template add<0, true>(now, operand, c.lane);
-      } else {
-        product.template add<0, false>(part, operand, c.lane);
-        add_parts<1, part_size(S::kFragments, S::kParts, 0)>(c, product, operand, tiles, groups, group);
-      }
+      add_parts<0, 0>(c, product, operand, tiles, groups, group);
 #pragma unroll
       for (int i = 0; i < kTogether - 1; i++) sums[i] = sums[i + 1];
       sums[kTogether - 1] = product.result(c.lane, operand);
       if (group % kTogether == kTogether - 1 || group + 1 == groups) c.hand_over(sum_quads(sums, c.lane));
-      if (!early && group + 1 < groups) load<0>(c, part, tiles, groups, group + 1);
     }
   }
   template <int part, int first, class Product>

@@ -113,7 +113,6 @@ struct Consumer : Block<M> {
 
   FF_DEVICE u32 chunk_address() const { return this->shared + L::kRing + slot * M::kSlotBytes; }
   FF_DEVICE void acquire() const { barrier_wait(this->shared + L::kFull + slot * 8, phase, this->watch); }
-  FF_DEVICE bool landed() const { return __all_sync(kAllLanes, barrier_test(this->shared + L::kFull + slot * 8, phase)); }
   FF_DEVICE void release() {
     __syncwarp();
     if (this->lane == 0) barrier_arrive(this->shared + L::kEmpty + slot * 8);
