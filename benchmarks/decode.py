@@ -1,6 +1,7 @@
 """Decoding speed on this GPU, ours and the baselines in the same process: writes benchmarks/results/decode-<gpu>.json.
 
-usage: python benchmarks/decode.py [--models llama-3.2-1b,llama-3.1-8b] [--contexts 128,1024] [--baselines torch.compile|all|none]
+usage: python benchmarks/decode.py [--models llama-3.2-1b,llama-3.1-8b] [--weights bf16,int4] [--kv native,fp8] [--contexts 128,1024]
+       [--baselines torch.compile|all|none]
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--contexts", default=CONTEXTS, help="those that a model does not have are passed over (default: %(default)s)")
     parser.add_argument("--weights", default="bf16", help="formats of random weights, with commas between them (default: %(default)s)")
     parser.add_argument("--plain-head", action="store_true", help="leave the head in 16 bits")
+    parser.add_argument("--kv", default="native", help="types of the KV cache, with commas between them (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--baselines", default="all", help="names, 'all' that are installed (default), or 'none'")
@@ -43,10 +45,10 @@ def main() -> None:
     try:
         chosen = choose_baselines(options.baselines.split(",") if options.baselines != "none" else [])
         wanted = [int(c) for c in options.contexts.split(",")]
-        for name, weights in itertools.product(options.models.split(","), options.weights.split(",")):
+        for name, weights, kv in itertools.product(*(text.split(",") for text in (options.models, options.weights, options.kv))):
             with open_subject(name, weights, options.plain_head) as subject:
                 contexts = [c for c in wanted if c <= subject.config.max_positions]
-                with Bench(subject, contexts, options.tokens, not options.no_check) as bench:
+                with Bench(subject, contexts, options.tokens, not options.no_check, kv=kv) as bench:
                     records: list[Record] = [bench.measure(context, options.repeats) for context in bench.contexts]
                 for record in records:
                     record.commit = options.commit or record.commit

@@ -1,4 +1,4 @@
-"""Draw the records of benchmarks/results into docs/: speed by size of the model and by context, ours and theirs."""
+"""Draw the records of benchmarks/results into docs/: speed by size of the model, by context and by format, ours and theirs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashformer.errors import FlashFormerError
+from flashformer.geometry import ceil_div
 from flashformer.plots import COLOURS, INK, figure, require
 from flashformer.records import Record, load_records
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 OURS = "FlashFormer"
 SIZE_AT = 1024  # context of the picture by size
+PANELS, LEAST_BARS = 2, 4  # of the picture by format: in a row, and for how many formats there is room in each
 MOST_MODELS = 3  # in the picture by context: the smallest, the largest, one between
 READINGS: tuple[tuple[str, Callable[[Record, float], float]], ...] = (  # of a record and milliseconds per token
     ("tokens/s", lambda r, ms: 1e3 / ms),
@@ -91,15 +93,51 @@ def by_context(records: Sequence[Record], path: Path) -> None:
         legend(made, axes)
 
 
+def by_format(records: Sequence[Record], path: Path) -> None:
+    """Speed by format of the weights, all models at one context that were measured in several; what the floor allows is drawn pale."""
+    here = sorted((r for r in records if r.context == SIZE_AT), key=lambda r: -r.bytes_per_token)
+    size = {r.model: r.bytes_per_token for r in here if not r.plain}  # of the smallest format
+    if not size:
+        return
+    models = sorted(size, key=lambda m: size[m])
+    shade = dict(zip(dict.fromkeys(r.weights for r in here if r.model in size), COLOURS * len(here), strict=False))
+    rows, columns = ceil_div(len(models), PANELS), min(len(models), PANELS)
+    with figure(path, rows, columns, (1.5 + 4.7 * columns, 0.4 + 3.2 * rows)) as (made, axes):
+        for panel in axes.flat[len(models) :]:
+            panel.remove()
+        for panel, model in zip(axes.flat, models, strict=False):
+            mine = [r for r in here if r.model == model]
+            for place, r in enumerate(mine):
+                most = 1e3 / r.floor_ms
+                panel.bar(place, most, color=shade[r.weights], alpha=0.35, width=0.8, lw=0)
+                panel.bar(place, 1e3 / r.ms, color=shade[r.weights], width=0.8, lw=0)
+                panel.plot([place - 0.4, place + 0.4], [most, most], color=INK, lw=1.5)
+                label = f"{1e3 / r.ms:,.0f}\n{r.fraction_of_ceiling:.0%}"
+                panel.annotate(label, (place, most), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+            panel.set_xticks(range(len(mine)), [r.weights.replace(", ", ",\n") for r in mine])
+            panel.set(title=model, xlim=(-0.7, max(len(mine), LEAST_BARS) - 0.3))
+            panel.tick_params(axis="x", labelsize=8)
+            panel.margins(y=0.2)
+            panel.grid(axis="x", visible=False)
+            panel.yaxis.set_major_formatter("{x:,.0f}")
+        for panel in axes[:, 0]:
+            panel.set_ylabel("tokens/s")
+        title = f"{here[0].gpu}, batch 1, {SIZE_AT:,} earlier positions; line: the bytes of a token at the read ceiling"
+        made.suptitle(title, x=0.01, ha="left", fontsize=10)
+
+
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    """Both pictures, for the GPU and format with the most records."""
+    """All pictures, for the GPU with the most records; of sizes and contexts for the 16-bit type with the most."""
     records = [r for path in sorted(results.glob("decode-*.json")) for r in load_records(path, Record)]
     if not records:
         print("there are no records yet; run benchmarks/decode.py on a GPU")
         return
-    ((gpu, weights), _), *_ = Counter((r.gpu, r.weights) for r in records).most_common()
-    mine = [r for r in records if (r.gpu, r.weights) == (gpu, weights)]
+    ((gpu, _), *_) = Counter(r.gpu for r in records).most_common()
+    here = [r for r in records if r.gpu == gpu]
     require()
+    by_format(here, docs / "speed-by-format.svg")
+    ((weights, _), *_) = Counter(r.weights for r in here if r.plain).most_common() or [("", 0)]
+    mine = [r for r in here if r.weights == weights]
     by_context(mine, docs / "speed-by-context.svg")
     if any(r.context == SIZE_AT for r in mine):
         by_size(mine, docs / "speed-by-size.svg")

@@ -22,8 +22,8 @@ COMPARED_AT = 1024  # context of the table that sets ours beside others
 
 
 def tables(records: Sequence[Record]) -> str:
-    """The records as Markdown, for each GPU and format of weights: speed by model and context, and ours beside others."""
-    ordered = sorted(records, key=lambda r: (r.gpu, r.weights, r.bytes_per_token, r.context))
+    """The records of 16-bit weights as Markdown, for each GPU and type: speed by model and context, and ours beside others."""
+    ordered = sorted((r for r in records if r.plain), key=lambda r: (r.gpu, r.weights, r.bytes_per_token, r.context))
     return "".join(
         line + "\n"
         for (gpu, weights), group in groupby(ordered, key=lambda r: (r.gpu, r.weights))
@@ -56,10 +56,46 @@ def _section(gpu: str, weights: str, records: list[Record]) -> Iterator[str]:
         if r := known.get((model, COMPARED_AT)):
             others = [f"{r.baselines[n]:.3f} ({r.baselines[n] / r.ms:.2f}x)" if n in r.baselines else "" for n in names]
             yield f"| {model} | {r.ms:.3f} | {' | '.join(others)} |"
-    versions = [f"{n}: {' or '.join(sorted({r.baseline_versions[n] for r in records if n in r.baseline_versions}))}" for n in names]
     yield ""
-    yield f"{'; '.join(versions)}."
+    yield _versions(records, names)
     yield ""
+
+
+def formats_tables(records: Sequence[Record]) -> str:
+    """The records of quantised weights or KV caches as Markdown, for each GPU: model by model, beside bf16 and others."""
+    ordered = sorted(records, key=lambda r: (r.gpu, -r.bytes_per_token))
+    return "".join(line + "\n" for gpu, group in groupby(ordered, key=lambda r: r.gpu) for line in _formats(gpu, [*group]))
+
+
+def _formats(gpu: str, records: list[Record]) -> Iterator[str]:
+    """Lines about one GPU: models by size, contexts in order, the format with the most bytes first."""
+    plain = {(r.model, r.context): r for r in records if r.weights == "bf16"}
+    shown = [r for r in records if not r.plain]
+    if not shown:
+        return
+    size = {r.model: r.bytes_per_token for r in shown}  # of the smallest format: the records come by bytes
+    shown.sort(key=lambda r: (size[r.model], r.model, r.context))
+    names = list(dict.fromkeys(n for r in shown for n in r.baselines))
+    dates = dict.fromkeys((min(r.date for r in shown), max(r.date for r in shown)))
+    yield f"{gpu}, batch 1, greedy, {' to '.join(dates)}:"
+    yield ""
+    yield f"| model | weights | context | ms per token | tokens/s | of the ceiling | {' | '.join(['beside bf16', *names])} |"
+    yield "|---" * (7 + len(names)) + "|"
+    for r in shown:
+        others = [f"{p.ms / r.ms:.2f}x" if (p := plain.get((r.model, r.context))) else ""]
+        others += [f"{r.baselines[n] / r.ms:.2f}x" if n in r.baselines else "" for n in names]
+        row = (r.model, r.weights, f"{r.context:,}", f"{r.ms:.3f}", f"{1e3 / r.ms:,.0f}", f"{r.fraction_of_ceiling:.1%}", *others)
+        yield f"| {' | '.join(row)} |"
+    yield ""
+    if names:
+        yield _versions(shown, names)
+        yield ""
+
+
+def _versions(records: Sequence[Record], names: Sequence[str]) -> str:
+    """What the baselines were."""
+    known = {n: sorted({r.baseline_versions[n] for r in records if n in r.baseline_versions}) for n in names}
+    return "; ".join(f"{name}: {' or '.join(versions)}" for name, versions in known.items()) + "."
 
 
 def sections(lines: Callable[[list[Any]], Iterator[str]], records: Sequence[Any]) -> str:
@@ -126,28 +162,29 @@ def cliffs_lines(records: list[Cliff]) -> Iterator[str]:
     yield ""
 
 
-# Where each table is: the document, the name in its markers, the files of records, their type, and the text.
-TABLES: tuple[tuple[Path, str, type[Kept], Callable[[Any], str]], ...] = (
-    (Path("README.md"), "decode", Record, tables),
-    (Path("docs/performance.md"), "ablation", Ablation, partial(sections, ablation_lines)),
-    (Path("docs/performance.md"), "losses", Losses, partial(sections, losses_lines)),
-    (Path("docs/performance.md"), "cliffs", Cliff, partial(sections, cliffs_lines)),
+# Where each table is: the document, the name in its markers, the program that measures, the type of its records, and the text.
+TABLES: tuple[tuple[Path, str, str, type[Kept], Callable[[Any], str]], ...] = (
+    (Path("README.md"), "decode", "decode", Record, tables),
+    (Path("README.md"), "formats", "decode", Record, formats_tables),
+    (Path("docs/performance.md"), "ablation", "ablation", Ablation, partial(sections, ablation_lines)),
+    (Path("docs/performance.md"), "losses", "losses", Losses, partial(sections, losses_lines)),
+    (Path("docs/performance.md"), "cliffs", "cliffs", Cliff, partial(sections, cliffs_lines)),
 )
 
 
-def filled(text: str, name: str, content: str) -> str:
-    """A document with `content` between the markers of one table, or a word that nobody has measured it yet."""
+def filled(text: str, name: str, program: str, content: str) -> str:
+    """A document with `content` between the markers of one table, or a word that nobody has run `program` yet."""
     begin, end = f"<!-- {name}: begin (written by benchmarks/table.py) -->\n", f"<!-- {name}: end -->"
     before, rest = text.split(begin)
-    return before + begin + (content or f"Not measured yet: run `python benchmarks/{name}.py` on a GPU.\n") + end + rest.split(end)[1]
+    return before + begin + (content or f"Not measured yet: run `python benchmarks/{program}.py` on a GPU.\n") + end + rest.split(end)[1]
 
 
 def main() -> None:
     """Replace what is between the markers."""
     fresh: dict[Path, str] = {}
-    for document, name, kind, text in TABLES:
-        records = [r for path in sorted(RESULTS.glob(f"{name}-*.json")) for r in load_records(path, kind)]
-        fresh[document] = filled(fresh.get(document) or (ROOT / document).read_text(), name, text(records))
+    for document, name, program, kind, text in TABLES:
+        records = [r for path in sorted(RESULTS.glob(f"{program}-*.json")) for r in load_records(path, kind)]
+        fresh[document] = filled(fresh.get(document) or (ROOT / document).read_text(), name, program, text(records))
     stale = [document for document, text in fresh.items() if (ROOT / document).read_text() != text]
     if "--check" in sys.argv[1:]:
         where = " and ".join(map(str, stale))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import ml_dtypes
@@ -14,6 +14,7 @@ from flashformer.quant.source import E2M1
 from flashformer.tokenizer import Tokenizer
 
 ROW = 1 << 20  # columns of a group that is a whole row
+TYPES = {"bfloat16": ml_dtypes.bfloat16, "e4m3": ml_dtypes.float8_e4m3fn, "exponent": ml_dtypes.float8_e8m0fnu}
 
 NF4 = np.array(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
@@ -23,7 +24,7 @@ NF4 = np.array(
 
 def nearest(dtype: str, values: np.ndarray) -> np.ndarray:
     """Float32 values rounded to a type."""
-    return values.astype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)).astype(np.float32)
+    return values.astype(TYPES.get(dtype, dtype)).astype(np.float32)
 
 
 def affine(
@@ -58,22 +59,28 @@ def tabled(values: np.ndarray, table: np.ndarray, group: int, scale: str = "floa
     return Table(codes.reshape(n, k).astype(np.uint8), table, group, steps, divisor)
 
 
-def scaled(values: np.ndarray, block: tuple[int, int], dtype: str = "float8_e4m3fn") -> Scaled:
-    """Values of 8 bits near `values` [N, K], with a float32 scale per block."""
+def nvfp4(values: np.ndarray) -> Table:
+    """The values of NVFP4 near `values` [N, K], with a divisor as its makers choose it."""
+    return tabled(values, E2M1, 16, "e4m3", divisor=float(np.float32(448 * 6) / np.abs(values).max()))
+
+
+def scaled(values: np.ndarray, block: tuple[int, int], dtype: str = "float8_e4m3fn", scale_type: str = "float32") -> Scaled:
+    """Values of 8 bits near `values` [N, K], with a scale per block."""
     n, k = values.shape
     block = (min(block[0], n), min(block[1], k))
     rows, columns = -(-n // block[0]), -(-k // block[1])
     padded = np.pad(values, ((0, rows * block[0] - n), (0, columns * block[1] - k))).reshape(rows, block[0], columns, block[1])
     largest = 127 if dtype == "int8" else 448
-    scale = (np.abs(padded).max((1, 3)) / largest).astype(np.float32)
+    scale = nearest(scale_type, np.abs(padded).max((1, 3)) / largest)
     whole = np.repeat(np.repeat(scale, block[0], 0)[:n], block[1], 1)[:, :k]
     quotient = values / whole
+    quotient = np.clip(quotient, -largest, largest)
     codes = np.round(quotient).astype(np.int8) if dtype == "int8" else quotient.astype(ml_dtypes.float8_e4m3fn)
     return Scaled(codes, block, scale)
 
 
 # Every kind of matrix that has a format of its own, from float32 values [N, K], and the name of that format.
-FORMS = {
+FORMS: dict[str, tuple[Callable[[np.ndarray], Form], str]] = {
     "Q8_0": (lambda v: affine(v, 8, 32), "int8 g32 float16"),
     "Q4_0": (lambda v: affine(v, 4, 32), "int4 g32 float16"),
     "Q4_1": (lambda v: affine(v, 4, 32, minima=True), "int4 g32 minimum float16"),
@@ -87,9 +94,14 @@ FORMS = {
     "int4 g128 zeros": (lambda v: affine(v, 4, 128, zeros=True), "int4 g128 zero float16"),
     "int3": (lambda v: affine(v, 3, 32), "int4 g32 float16"),
     "NF4": (lambda v: tabled(v * np.float32(1.1), NF4, 32), "table g32 float32"),
-    "MXFP4": (lambda v: tabled(v, E2M1, 32, "bfloat16"), "table g32 bfloat16"),
-    "NVFP4": (lambda v: tabled(v, E2M1, 16, "float32", divisor=3.7), "table g16 float32"),
+    "MXFP4": (lambda v: tabled(v, E2M1, 32, "exponent"), "table g32 exponent"),
+    "NVFP4": (nvfp4, "table g16 e4m3"),
+    "FP4": (lambda v: tabled(v, E2M1, 64, "bfloat16"), "table g64 bfloat16"),
+    "FP4 divided": (lambda v: tabled(v, E2M1, 16, "float32", divisor=3.7), "table g16 float32"),
     "fp8 blocks": (lambda v: scaled(v, (128, 128)), "fp8 g128 float32"),
+    "fp8 exponents": (lambda v: scaled(v, (128, 128), scale_type="exponent"), "fp8 g128 exponent"),
+    "int8 exponents": (lambda v: affine(v, 8, 16, "exponent"), "int8 g16 exponent"),
+    "int4 exponents": (lambda v: affine(v, 4, ROW, "exponent"), "int4 row exponent"),
     "fp8 rows": (lambda v: scaled(v, (1, ROW)), "fp8 row float32"),
     "int8 channels": (lambda v: scaled(v, (1, ROW), "int8"), "int8 row float32"),
 }

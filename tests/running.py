@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from flashformer.backends import Runner
+from flashformer.check import Comparison
 from flashformer.checkpoint import Checkpoint
 from flashformer.formats import Format
 from flashformer.models import build_graph
@@ -16,6 +17,15 @@ from flashformer.targets import Target
 from flashformer.validate import validate
 
 R = TypeVar("R", bound=Runner)
+
+
+def assert_near(result: Comparison, most: float) -> None:
+    """Everything is within tolerance, and the root mean square error is at most so much of that of the logits.
+
+    NOTE: random models with quantised heads have one token with nearly all of the probability, so that KL alone would pass anything.
+    """
+    assert result.within, result.describe()
+    assert result.rms_error <= most * result.rms_reference, result.describe()
 
 
 @contextmanager

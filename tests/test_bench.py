@@ -21,16 +21,16 @@ from flashformer.backends.cuda import DeviceInfo, RandomWeights
 from flashformer.backends.cuda.codegen import HEADERS, generate, place_vectors
 from flashformer.backends.cuda.pack import gather_vectors
 from flashformer.backends.cuda.random_weights import VECTOR_SCALE, draw
-from flashformer.bench import Bench, choose_baselines, compare_with, layers_to_check, open_subject, starts
+from flashformer.bench import Bench, layers_to_check, open_subject, starts
 from flashformer.checkpoint import check_tensors
 from flashformer.cli import main
-from flashformer.config import ModelConfig, RopeScaling, parse_config
+from flashformer.config import ModelConfig, RopeScaling
 from flashformer.errors import CheckpointError, DeviceError, InputError
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
 from flashformer.records import Record, load_records, results_file, save
 from flashformer.reference import Reference
-from flashformer.shapes import SHAPES, shape
+from flashformer.shapes import SHAPES
 from flashformer.targets import get
 from test_trace import stamp
 
@@ -293,125 +293,6 @@ def test_files_that_are_no_records_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         save([record()], tmp_path / "file" / "y.json")
-
-
-# --- Baselines -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class FakeBaseline:
-    """Takes `ms`, or fails."""
-
-    name: str
-    ms: float
-    installed: str | None = "1.0"
-
-    def version(self) -> str | None:
-        return self.installed
-
-    def measure(self, config: ModelConfig, contexts: Sequence[int], tokens: int, repeats: int) -> Iterator[tuple[int, float]]:
-        assert (tokens, repeats) == (128, 5) and list(contexts) == sorted(contexts)
-        for context in contexts:
-            if self.ms < 0 and context > 500:
-                raise RuntimeError("out of memory\nand more")
-            yield context, abs(self.ms)
-
-
-def test_baselines_are_noted_skipped_or_told_of() -> None:
-    records, said = [record(1024), record(128)], []
-    compare_with([FakeBaseline("fast", 3.0), FakeBaseline("frail", -4.0), FakeBaseline("absent", 1.0, None)], SMALL, records, said.append)
-    assert records[0].baselines == {"fast": 3.0} and records[0].baseline_versions == {"fast": "1.0"}
-    assert records[1].baselines == {"fast": 3.0, "frail": 4.0}
-    assert "absent: not installed, skipped" in said and "frail failed: RuntimeError: out of memory" in said
-    assert any("ours is 1.50x as fast" in text for text in said)
-
-
-def test_the_baselines_of_the_repository() -> None:
-    assert [b.name for b in choose_baselines(["all"])] == ["torch.compile", "transformers", "llama.cpp", "vllm"]
-    assert [b.name for b in choose_baselines(["vllm", "torch.compile"])] == ["vllm", "torch.compile"]
-    assert choose_baselines([]) == []
-    with pytest.raises(InputError, match=r"unknown baseline 'tourch'; known are torch\.compile, transformers"):
-        choose_baselines(["tourch"])
-
-
-def part(name: str) -> Any:
-    """A file of benchmarks/baselines."""
-    import importlib
-
-    choose_baselines(["all"])
-    return importlib.import_module(f"{bench.PACKAGE}.{name}")
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_their_configuration_is_ours(name: str) -> None:
-    assert parse_config(part("huggingface").config_json(shape(name))) == shape(name)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without")  # that is for tests
-@pytest.mark.parametrize("attention", ["sdpa", "flex"])
-@pytest.mark.parametrize("config", [SMALL, BIASED, replace(BIASED, tied_embeddings=True)], ids=["qwen3", "qwen2", "tied"])
-def test_the_torch_baseline_computes_the_same_model(config: ModelConfig, attention: str) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed (extra: oracle)")
-    weights = RandomWeights(config)
-    decoder = part("torch_compile").Decoder(config, lambda weight: torch.from_numpy(weights.read(weight.name).astype(np.float32)))
-    decoder.allocate(64)
-    tokens = [int(t) for t in np.random.default_rng(0).integers(0, config.vocab_size, 40)]
-    with torch.no_grad():
-        theirs = [decoder.step(torch.tensor([t]), torch.tensor([i]), attention) for i, t in enumerate(tokens)]
-    expected = Reference(build_graph(config), weights).logits(tokens)
-    assert np.abs(torch.cat(theirs).numpy() - expected).max() < 1e-4
-
-
-def test_the_transformers_baseline_decodes_as_transformers_does() -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed (extra: oracle)")
-    pytest.importorskip("transformers", reason="transformers is not installed (extra: oracle)")
-    static = part("transformers_static")
-    model = static.make_model(replace(SMALL, num_layers=2), "cpu", torch.float32)
-    text = [3]
-    with torch.no_grad():
-        for _ in range(6):
-            text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
-        decoder = static.Decoder(model, 32, compiled=False)
-        for _ in range(2):  # the second time over what the first has left
-            decoder.reset(0)
-            decoder.token.fill_(text[0])
-            made = [text[0]]
-            for _ in range(6):
-                decoder.step()
-                made.append(int(decoder.token))
-            assert made == text
-
-
-def test_the_llama_cpp_baseline_runs() -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    found = dict(part("llama_cpp_graph").measure(SMALL, [16, 600], 4, 2, needs_gpu=False))
-    assert set(found) == {16, 600} and all(ms > 0 for ms in found.values())
-
-
-def test_the_vllm_baseline_takes_the_prompt_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a vLLM that only knows the time: 50 ms for a prompt, 2 ms for each token."""
-    pytest.importorskip("torch", reason="torch is not installed (extra: oracle)")
-    import sys
-    import types
-
-    clock = [0.0]
-
-    class LLM:
-        def __init__(self, **options: Any) -> None:
-            content = json.loads((Path(options["model"]) / "config.json").read_text())
-            assert parse_config(content) == SMALL and options["load_format"] == "dummy" and options["max_model_len"] == 144 + 8
-
-        def generate(self, prompts: list[dict[str, list[int]]], params: Any, use_tqdm: bool) -> Any:
-            clock[0] += 0.050 + 0.002 * params.max_tokens
-            assert len(prompts[0]["prompt_token_ids"]) == 128 and params.ignore_eos and params.temperature == 0
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=[0] * params.max_tokens)])]
-
-    fake = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: types.SimpleNamespace(**options))
-    monkeypatch.setitem(sys.modules, "vllm", fake)  # type: ignore[arg-type]
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # restored afterwards
-    vllm = part("vllm_offline")
-    monkeypatch.setattr(vllm.time, "perf_counter", lambda: clock[0])
-    assert dict(vllm.measure(SMALL, [128], 8, 3)) == {128: pytest.approx(2.0)}
 
 
 # --- The command -----------------------------------------------------------------------------------------------------------

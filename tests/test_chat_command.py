@@ -18,8 +18,9 @@ from click.testing import CliRunner
 import flashformer
 from flashformer import SamplingParams
 from flashformer.cli import main
-from flashformer.engine import Engine, Result
+from flashformer.engine import Engine
 from flashformer.errors import DeviceError, InputError
+from flashformer.scheduler import Result
 from flashformer.terminal import Chat
 from model_files import make_config, write_folder
 

@@ -223,8 +223,8 @@ def test_closing_frees_everything_and_may_be_repeated(tmp_path: Path) -> None:
 @pytest.fixture
 def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CpuRunner]:
     """A runner whose second worker stops before layer 1's attention: for a second at position 9, for 10 ms from 100 on."""
-    stall = "if (worker.index == 1 && layer == 1 && (worker.position == 9 || worker.position >= 100)) "
-    stall += "std::this_thread::sleep_for(std::chrono::milliseconds(worker.position == 9 ? 1000 : 10));"
+    stall = "if (const u32 at = worker.pass().columns[0].position; worker.index == 1 && layer == 1 && (at == 9 || at >= 100)) "
+    stall += "std::this_thread::sleep_for(std::chrono::milliseconds(at == 9 ? 1000 : 10));"
 
     def generate(plan: Plan) -> codegen.Source:
         source = codegen.generate(plan)

@@ -92,7 +92,7 @@ def test_every_value_is_in_its_place(tmp_path: Path, workers: int, source: str, 
     assert len(made.layout.embedding) == (workers if tied else 1)
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "int8 zeros", "NF4", "fp8 blocks", "int4 rows"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "int8 zeros", "NF4", "fp8 blocks", "int4 rows", "MXFP4", "NVFP4"])
 def test_every_code_and_scale_is_in_its_place(tmp_path: Path, name: str) -> None:
     """Read back as formats.h says: planes of four columns of four rows, then the scales of each group."""
     made = Made(tmp_path, 3, hidden_size=192, intermediate_size=320, head_dim=48, tie_word_embeddings=name != "NF4", vocab_size=291)
@@ -123,6 +123,10 @@ def test_every_code_and_scale_is_in_its_place(tmp_path: Path, name: str) -> None
         assert np.array_equal(memory[where].reshape(len(first), -1).view(encoded.scales.dtype), encoded.scales.reshape(len(first), -1))
         left[at] = 0
         left[where] = 0
+        if encoded.divisors is not None:  # behind all scales of the tile
+            where = place.divisor_offset.astype(np.int64)[:, None] + np.arange(4)
+            assert np.array_equal(memory[where].view(np.float32)[:, 0], encoded.divisors)
+            left[where] = 0
     assert not left.any()
 
 

@@ -7,9 +7,10 @@ import re
 
 import pytest
 
-from flashformer.backends.cuda.codegen import PARAMETERS, Params, generate, headers, threads
+from flashformer.backends.cuda.codegen import LAYOUTS, PARAMETERS, SCALES, Params, code_layout, generate, headers, threads
 from flashformer.config import ModelConfig
 from flashformer.errors import BuildError
+from flashformer.formats import NAMED, Format
 from flashformer.models import build_graph
 from flashformer.plan import KvType, Plan, make_plan
 from flashformer.shapes import shape
@@ -82,6 +83,42 @@ def test_odd_shapes(name: str, target: str) -> None:
 @pytest.mark.parametrize("kv_type", ["int8", "fp8"])
 def test_caches_of_8_bits(kv_type: KvType, target: str) -> None:
     assert_clean(planned(odd(head_dim=80, hidden_size=320), target, kv_type))
+
+
+FP4, NF4 = NAMED["nvfp4"].table, NAMED["nf4"].table
+# The formats of two kernels, stage by stage.
+FORMATS = [
+    {
+        "qkv": Format("int", 8, 32, "zero", "float16"), "attention_output": NAMED["nvfp4"], "gate_up": NAMED["mxfp4"],
+        "down": Format("int", 4, 128, "minimum", "bfloat16"), "head": Format("int", 8, 0, scale="exponent"),
+    },
+    {
+        "qkv": Format("fp8", 8, 128, scale="exponent"), "attention_output": Format("table", 4, 64, scale="float32", table=NF4),
+        "gate_up": Format("int", 4, 16, "minimum", "float32"), "down": Format("int", 8, 16, "zero", "float16"),
+        "head": Format("table", 4, 0, scale="bfloat16", table=FP4),
+    },
+]  # fmt: skip
+NAMES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "attention_output", "gate": "gate_up", "up_": "gate_up",
+         "down": "down", "embed": "head"}  # fmt: skip
+
+
+def test_formats_that_are_compiled_are_all_there_are() -> None:
+    every = [format for stages in FORMATS for format in stages.values()]
+    assert {code_layout(format) for format in every} == LAYOUTS.keys()
+    assert {format.scale for format in every} == SCALES.keys()
+    assert {format.offset for format in every} == {"none", "zero", "minimum"}
+    assert {format.group for format in every} == {0, 16, 32, 64, 128}
+
+
+@pytest.mark.parametrize("target", CUDA)
+@pytest.mark.parametrize("stages", FORMATS, ids=["first", "second"])
+def test_formats_of_codes(stages: dict[str, Format], target: str) -> None:
+    config = shape("llama-3.2-1b")
+    graph = build_graph(config)
+    formats = {w: stages[stage] for w in graph.weights() for part, stage in NAMES.items() if part in w}
+    plan = make_plan(config, graph, get(target), formats=formats)
+    assert {s.name: s.geometry.format for s in plan.stages if s.geometry} == stages
+    assert_clean(plan)
 
 
 @pytest.mark.parametrize("target", CUDA)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Generator, Sequence
+import signal
+import time
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import flashformer
 from flashformer import SamplingParams
-from flashformer.backends import GREEDY, RunStats
-from flashformer.backends.sampling import PROMPT_BIT, Sampling, Scores
+from flashformer.backends import GREEDY, Made, RunStats, Turn
+from flashformer.backends.sampling import PROMPT_BIT, Scores
 from flashformer.checkpoint import open_checkpoint
 from flashformer.engine import Device, Engine, default_context, find_device
 from flashformer.errors import DeviceError, InputError
@@ -29,7 +30,9 @@ CONTEXT = 32
 
 
 class FakeRunner:
-    """Yields `answer`, token by token, and remembers how it was used."""
+    """Makes `answer`, token by token, and remembers how it was used. It has one slot."""
+
+    columns = slots = 1
 
     def __init__(self, answer: Sequence[int], vocab: int) -> None:
         self.answer, self.vocab = list(answer), vocab
@@ -38,27 +41,31 @@ class FakeRunner:
         self.sampling = GREEDY
         self.open = self.closed = 0
         self.failure: BaseException | None = None  # raised after the answer
+        self.holds = self.held = False  # makes no token after the next, but waits to be told to end
 
-    def generate(
-        self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
-    ) -> Generator[int, None, None]:
-        self.calls.append((list(tokens), start, count, frozenset(stop)))
-        self.sampling = sampling
+    def run(self, turns: Sequence[Turn]) -> Generator[Made, None, None]:
+        (turn,) = turns
+        self.calls.append((list(turn.tokens), turn.start, turn.count, frozenset(turn.stop)))
+        self.sampling = turn.sampling
         self.open += 1
         try:
-            for token in self.answer[:count]:
-                yield token
-                if token in stop:
+            for index, token in enumerate(self.answer[: turn.count]):
+                while self.held and not turn.cancelled:
+                    time.sleep(1e-3)
+                if turn.cancelled:
+                    return
+                turn.fed = len(turn.tokens) + index
+                scores = Scores(-1.0 - index, ((token, -1.0 - index), (7, -9.0)))
+                yield Made(0, token, 0.0, scores if turn.sampling.logprobs is not None else None)
+                self.held = self.holds
+                if token in turn.stop:
                     return
             if self.failure is not None:
                 raise self.failure
         finally:
             self.open -= 1
 
-    def scores(self, index: int) -> Scores:
-        return Scores(-1.0 - index, ((self.answer[index], -1.0 - index), (7, -9.0)))
-
-    def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
+    def logits(self, tokens: Sequence[int], start: int, slot: int = 0) -> np.ndarray:
         return np.zeros((len(tokens), self.vocab), np.float32)
 
     def read_bandwidth(self) -> float:
@@ -84,7 +91,7 @@ def make_engine(folder: Path, answer: str | Sequence[int]) -> tuple[Engine, Fake
 
 def test_text_comes_back_whole(folder: Path) -> None:
     engine, runner = make_engine(folder, "A café, 東京 ✓")
-    results = list(engine.generate("hi", SamplingParams(max_tokens=40)))
+    results = list(engine.generate("hi", SamplingParams(max_tokens=len(runner.answer))))
     assert "".join(r.text for r in results) == "A café, 東京 ✓"
     assert [r.token for r in results] == runner.answer
     assert [r.finish for r in results[:-1]] == [None] * (len(results) - 1)
@@ -139,12 +146,13 @@ def test_what_is_asked_of_sampling_reaches_the_runner(folder: Path) -> None:
 
 def test_leaving_early_frees_the_engine(folder: Path) -> None:
     engine, runner = make_engine(folder, [40] * 10)
+    runner.holds = True
     results = engine.generate([5])
     next(results)
-    with pytest.raises(InputError, match="generating already"):
-        next(engine.generate([5]))
+    assert runner.open == 1
     results.close()
     assert runner.open == 0
+    runner.holds = runner.held = False
     assert len(list(engine.generate([5], SamplingParams(max_tokens=2)))) == 2
 
 
@@ -172,9 +180,14 @@ def test_what_the_cache_holds_is_not_computed_again(folder: Path) -> None:
 def test_what_a_stopped_generation_leaves_is_reused(folder: Path) -> None:
     engine, runner = make_engine(folder, "one two STOP three")
     answer = runner.answer
-    results = engine.generate([5, 6])
-    assert [next(results).token for _ in range(3)] == answer[:3]
-    results.close()
+    runner.holds = True
+    for known in range(3):  # one more token each time
+        results = engine.generate([5, 6, *answer[:known]])
+        next(results)
+        results.close()
+        runner.held = False
+        runner.answer = answer[known + 1 :]
+    runner.answer, runner.holds = answer, False
     assert fed(engine, runner, [5, 6, *answer]) == (answer[2:], 4)
     made = [r.token for r in engine.generate([5], SamplingParams(stop=["STOP"]))]
     assert 0 < len(made) < len(answer)
@@ -182,10 +195,14 @@ def test_what_a_stopped_generation_leaves_is_reused(folder: Path) -> None:
     results = engine.generate([5, 6])
     results.close()  # before it began: nothing has changed
     assert fed(engine, runner, [5, answer[0], 7]) == ([7], 2)
-    runner.failure, runner.answer = KeyboardInterrupt(), []  # Ctrl-C before the first token
+    runner.held = True  # closed before the first token
+    results = engine.generate([5, 8, 9])
+    heard = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
     with pytest.raises(KeyboardInterrupt):
-        list(engine.generate([5, 8, 9]))
-    runner.failure, runner.answer = None, answer
+        next(results)
+    signal.signal(signal.SIGALRM, heard)
+    runner.held = False
     assert fed(engine, runner, [5, 8, 9]) == ([8, 9], 1)
 
 
@@ -197,7 +214,7 @@ def test_what_a_failed_kernel_leaves_is_not_trusted(folder: Path, monkeypatch: p
     runner.failure = None
     assert fed(engine, runner, [5, 6]) == ([5, 6], 0)
 
-    def failing(tokens: Sequence[int], start: int) -> np.ndarray:
+    def failing(tokens: Sequence[int], start: int, slot: int) -> np.ndarray:
         raise DeviceError("gave up")
 
     monkeypatch.setattr(runner, "logits", failing)
@@ -209,18 +226,15 @@ def test_what_a_failed_kernel_leaves_is_not_trusted(folder: Path, monkeypatch: p
 def test_a_kernel_that_fails_as_it_is_stopped_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, runner = make_engine(folder, [40, 41])
 
-    def failing(*_: object) -> Generator[int, None, None]:
-        try:
-            yield 40
-        finally:
-            raise DeviceError("gave up")
+    def failing(*_: object) -> Generator[Made, None, None]:
+        yield Made(0, 40, 0.0)
+        raise DeviceError("gave up")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "generate", failing)
+        patch.setattr(runner, "run", failing)
         results = engine.generate([5, 6])
         next(results)
-        with pytest.raises(DeviceError):
-            results.close()
+        results.close()
     assert fed(engine, runner, [5, 6]) == ([5, 6], 0)
 
 
@@ -251,14 +265,14 @@ def test_reuse_changes_no_bit(folder: Path, seed: int, monkeypatch: pytest.Monke
                 results.close()
             elif kind == "fail":
                 with monkeypatch.context() as patch, pytest.raises(DeviceError):
-                    patch.setattr(engine.runner, "generate", fail_after(engine, rng.randint(0, len(expected))))
+                    patch.setattr(engine.runner, "run", fail_after(engine, rng.randint(0, len(expected) - 1)))
                     list(engine.generate(prompt, SamplingParams(max_tokens=100, ignore_eos=True)))
             else:
                 assert list(engine.generate(prompt, params)) == expected
                 assert engine.stats.prompt_tokens + engine.stats.reused_tokens == len(prompt)
                 reused += engine.stats.reused_tokens
             past = prompt + [r.token for r in expected]
-            cached = engine._cached
+            (cached,) = engine._scheduler.cached
             assert len(cached) <= context
             if len(cached) < context:
                 probe = [rng.randrange(300)]
@@ -269,12 +283,12 @@ def test_reuse_changes_no_bit(folder: Path, seed: int, monkeypatch: pytest.Monke
     assert reused > 100
 
 
-def fail_after(engine: Engine, count: int) -> Callable[..., Generator[int, None, None]]:
-    """The runner's `generate`, which fails after `count` tokens."""
-    generate = engine.runner.generate
+def fail_after(engine: Engine, count: int) -> Callable[[Sequence[Turn]], Generator[Made, None, None]]:
+    """The runner's `run`, which fails after `count` tokens."""
+    run = engine.runner.run
 
-    def failing(*arguments: Any) -> Generator[int, None, None]:
-        with closing(generate(*arguments)) as tokens:
+    def failing(turns: Sequence[Turn]) -> Generator[Made, None, None]:
+        with closing(run(turns)) as tokens:
             yield from islice(tokens, count)
         raise DeviceError("gave up")
 
@@ -289,7 +303,7 @@ def fail_after(engine: Engine, count: int) -> Callable[..., Generator[int, None,
         ([-1], "token id -1"),
         ([1] * (CONTEXT + 1), f"33 tokens; the context holds {CONTEXT}"),
         ([1.5], "whole numbers"),
-        ([[1], [2]], "whole numbers"),
+        ([[[1]], [[2]]], "whole numbers"),
     ],
 )
 def test_wrong_prompts_are_refused_before_anything_runs(folder: Path, prompt: list[int], message: str) -> None:

@@ -260,8 +260,8 @@ def test_the_tables() -> None:
 
 def test_a_table_without_records_says_so() -> None:
     text = "before\n<!-- x: begin (written by benchmarks/table.py) -->\nold\n<!-- x: end -->\nafter\n"
-    assert table.filled(text, "x", "new\n") == text.replace("old", "new")
-    assert "Not measured yet: run `python benchmarks/x.py`" in table.filled(text, "x", "")
+    assert table.filled(text, "x", "y", "new\n") == text.replace("old", "new")
+    assert "Not measured yet: run `python benchmarks/y.py`" in table.filled(text, "x", "y", "")
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("ablation-*.json")), ids=lambda path: path.stem)

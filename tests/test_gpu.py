@@ -16,6 +16,7 @@ import flashformer
 from flashformer import SamplingParams
 from flashformer.backends.cuda import CudaRunner, probe
 from flashformer.backends.cuda import load as load_runner
+from flashformer.backends.cuda.codegen import ROUND_TAGS
 from flashformer.check import Comparison, check_runner, compare, sample_tokens
 from flashformer.checkpoint import open_checkpoint
 from flashformer.errors import DeviceError
@@ -160,7 +161,7 @@ def test_stops_and_early_ends(tmp_path: Path) -> None:
 def test_tags_wrap(tmp_path: Path) -> None:
     with running(make(tmp_path)) as (runner, _):
         answer = list(runner.generate([5, 6], 0, 20, ()))
-        runner.params.epoch = (1 << 32) // (runner.plan.config.num_layers + 1) - 30
+        runner.params.epoch = (1 << 32) // max(runner.plan.config.num_layers + 1, ROUND_TAGS) - 30
         for _ in range(3):
             assert list(runner.generate([5, 6], 0, 20, ())) == answer
         assert runner.params.epoch < 100

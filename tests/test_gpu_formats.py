@@ -25,8 +25,8 @@ from flashformer.targets import Target, get
 from flashformer.validate import validate
 from model_files import make_config, write_folder
 from quant_models import FORMS, QuantizedCheckpoint
-from running import run_checkpoint
-from test_formats import ODD, STAGES, Quantise, forms_of
+from running import assert_near, run_checkpoint
+from test_formats import DIVIDED, ODD, STAGES, Quantise, forms_of
 
 pytestmark = pytest.mark.gpu
 
@@ -57,9 +57,9 @@ def judge(record_property: Callable[[str, object], None]) -> Judge:
     """Records the figures of a comparison and asserts that they are within tolerance."""
 
     def judged(result: Comparison) -> None:
-        for name in ("positions", "kl_mean", "kl_max", "top1_agreement", "max_error", "rms_error"):
+        for name in ("positions", "kl_mean", "kl_max", "top1_agreement", "max_error", "rms_error", "rms_reference"):
             record_property(name, getattr(result, name))
-        assert result.within, result.describe()
+        assert_near(result, 1e-2)  # three times that of 16-bit weights
 
     return judged
 
@@ -101,7 +101,7 @@ def test_random_weights(name: str, older: str | None, record_property: Callable[
         runner.close()
 
 
-@pytest.mark.parametrize(("name", "plain_head"), [("int4", False), ("mxfp4", True)])
+@pytest.mark.parametrize(("name", "plain_head"), [("int4", False), ("mxfp4", True), ("mxfp4", False), ("nvfp4", False)])
 def test_a_head_that_is_the_embedding(name: str, plain_head: bool) -> None:
     info = probe()
     assert info is not None and info.target is not None
@@ -116,6 +116,13 @@ def test_a_head_that_is_the_embedding(name: str, plain_head: bool) -> None:
         runner.close()
 
 
+def test_divisors_of_each_matrix(tmp_path: Path, judge: Judge) -> None:
+    """Rows of padding have none. The embedding table is made of the head's codes."""
+    with running(tmp_path, FORMS["NVFP4"][0], **DIVIDED) as (runner, reference):
+        assert {s.geometry.format.name for s in runner.plan.stages if s.geometry} == {"table g16 e4m3"}
+        judge(check_runner(runner, reference, sample_tokens(runner.plan.config, 100, seed=6)))
+
+
 def test_float16_activations(tmp_path: Path, judge: Judge) -> None:
     with running(tmp_path, FORMS["int4 g128 zeros"][0], torch_dtype="float16") as (runner, reference):
         assert runner.plan.config.dtype == "float16"
@@ -127,7 +134,7 @@ def test_the_same_bits_every_time(tmp_path: Path) -> None:
         tokens = sample_tokens(runner.plan.config, 40, seed=4)
         first = runner.logits(tokens, 0)
         assert all(np.array_equal(runner.logits(tokens, 0), first) for _ in range(50))
-        assert compare(first, reference.logits(tokens)).within
+        assert_near(compare(first, reference.logits(tokens)), 1e-2)
 
 
 def test_values_that_are_not_finite_are_told(tmp_path: Path) -> None:

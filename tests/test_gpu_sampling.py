@@ -13,6 +13,7 @@ import flashformer
 from flashformer import SamplingParams
 from flashformer.backends.cuda import CudaRunner, RandomWeights
 from flashformer.backends.cuda import load as load_runner
+from flashformer.backends.cuda.codegen import ROUND_TAGS
 from flashformer.backends.sampling import Sampling
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import DeviceError
@@ -85,7 +86,7 @@ def test_long_runs_and_tags_that_wrap(runner: CudaRunner) -> None:
         check_steps(runner, params, PROMPT, 200)
         list(runner.generate(PROMPT, 0, 20, ()))
         if turn == 0:
-            runner.params.epoch = (1 << 32) // (runner.plan.config.num_layers + 1) - 300
+            runner.params.epoch = (1 << 32) // max(runner.plan.config.num_layers + 1, ROUND_TAGS) - 300
 
 
 @pytest.mark.parametrize(

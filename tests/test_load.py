@@ -49,6 +49,7 @@ class FakeContext:
         self.tables: dict[int, int] = {}  # the same -> the first tile's offset
         self.coded: dict[int, list[np.ndarray]] = {}  # address of a stage's tile offsets -> codes, matrix after matrix
         self.scaled: dict[int, list[np.ndarray]] = {}  # the same of scale offsets -> bytes of scales
+        self.divided: dict[int, list[np.ndarray]] = {}  # the same -> bytes of divisors, which lie behind them
         self.expanded: list[int] = []  # values that became 16-bit ones
 
     def new_stream(self) -> list[Callable[[], object]]:
@@ -127,7 +128,8 @@ class FakeContext:
 
     def _pack_scales(self, job: Any) -> None:
         size = job.groups * job.scale_values * job.scale_bytes
-        self.scaled.setdefault(job.scale_offset, []).append(self._bytes(job.scales, job.place.rows, size))
+        to = self.divided if job.place.tape else self.scaled
+        to.setdefault(job.scale_offset, []).append(self._bytes(job.scales, job.place.rows, size))
 
     def _expand(self, job: Any) -> None:
         self.expanded.append(job.values)
@@ -199,7 +201,7 @@ def test_random_weights_need_no_host_memory(tied: bool) -> None:
     assert context.pinned_peak == 0
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "int8 rows", "fp8 blocks"])
+@pytest.mark.parametrize("name", ["Q4_1", "int8 rows", "fp8 blocks", "MXFP4", "NVFP4"])
 def test_codes_and_scales_arrive_once(tmp_path: Path, name: str) -> None:
     """Of all matrices, and those of the embedding become a table, too."""
     folder = write_folder(tmp_path, make_config(vocab_size=1003, intermediate_size=352, hidden_size=256, tie_word_embeddings=True))
@@ -220,6 +222,11 @@ def test_codes_and_scales_arrive_once(tmp_path: Path, name: str) -> None:
             assert np.array_equal(np.concatenate(codes), np.concatenate([e.codes for e in expected]))
             stored = [np.ascontiguousarray(e.scales).reshape(len(e.scales), -1).view(np.uint8) for e in expected]
             assert np.array_equal(np.concatenate(scales), np.concatenate(stored))
+        divisors = [np.concatenate(parts).view(np.float32)[:, 0] for parts in context.divided.values()]
+        for stage, found in zip(stages if name == "NVFP4" else [], divisors, strict=True):
+            assert stage.linear is not None
+            of = [weights.forms[b.weight] for b in stage.linear.blocks]
+            assert np.array_equal(found, np.concatenate([np.full(len(form.codes), form.divisor, np.float32) for form in of]))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", SHAPES)

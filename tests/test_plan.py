@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from flashformer.config import ModelConfig
 from flashformer.errors import PlanError
 from flashformer.fuse import fuse
+from flashformer.geometry import PADDING, ceil_div, choose_geometry
 from flashformer.graph import Graph, GraphBuilder, Operator, Weight
 from flashformer.models import build_graph
-from flashformer.plan import PADDING, Plan, balance, ceil_div, choose_geometry, make_kv_layout, make_plan, prefix, spread
+from flashformer.plan import Plan, balance, make_kv_layout, make_plan, prefix, spread
 from flashformer.shapes import SHAPES, shape
 from flashformer.targets import available, get
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashformer.backends.cuda import RandomWeights
 from flashformer.errors import ConfigError, InputError
+from flashformer.formats import NAMED
 from flashformer.models import build_graph
 from flashformer.plan import make_plan
 from flashformer.records import Record, load_records, save
@@ -52,9 +54,12 @@ def test_records_are_complete_and_consistent(path: Path) -> None:
         assert record.checked is not None and record.checked["top1"] == 1
         assert not record.tuned  # what the README says holds with the defaults
         assert set(record.baselines) == set(record.baseline_versions)
-        if record.weights == "bf16":
+        name, *parts = record.weights.split(", ")
+        if name in NAMED:
             config = shape(record.model)
-            plan = make_plan(config, build_graph(config), get("sm_90"))
+            formats = RandomWeights(config, format=NAMED[name], plain_head="16-bit head" in parts).formats
+            kv = next((part.removeprefix("KV cache in ") for part in parts if part.startswith("KV")), "native")
+            plan = make_plan(config, build_graph(config), get("sm_90"), formats=formats, kv_type=kv)
             assert record.bytes_per_token == plan.token_bytes(record.context + record.tokens_timed // 2)
 
 
@@ -110,6 +115,41 @@ def test_the_table(records: list[Record]) -> None:
     assert "torch.compile: torch.compile 1.0; vllm: vllm 1.0." in lines
 
 
+def formats(records: list[Record]) -> list[Record]:
+    """Two of the models in fewer bytes: at the ceiling, but int4 at half of it."""
+    made = []
+    for r in records:
+        for weights, part, ceiling in (("int4", 0.25, 0.5), ("int8", 0.5, 1.0), ("int4, KV cache in fp8", 0.2, 1.0)):
+            nbytes = int(r.bytes_per_token * part)
+            ms = nbytes / 4e9 / ceiling
+            theirs = {"tinygemm": 3 * ms} if weights == "int4" else {}
+            if (r.model, r.context) != ("llama-3.2-1b", 1024) and r.context != 128:
+                made.append(
+                    replace(
+                        r, weights=weights, bytes_per_token=nbytes, ms_per_token={"min": ms, "median": ms, "max": ms}, baselines=theirs,
+                        fraction_of_ceiling=ceiling, baseline_versions={n: "torch 9" for n in theirs},
+                    )
+                )  # fmt: skip
+    return [r for r in made if r.model != "qwen3-14b"] + [replace(made[0], model="llama-3.1-70b", bytes_per_token=10**11)]
+
+
+def test_the_table_of_formats(records: list[Record]) -> None:
+    table = script("table")
+    assert table.formats_tables(records) == "" and table.tables([*records, *formats(records)]) == table.tables(records)
+    lines = table.formats_tables([*formats(records), *records]).splitlines()
+    assert lines[0] == "NVIDIA Test, batch 1, greedy, 2026-01-01 to 2026-01-05:"
+    assert lines[2] == "| model | weights | context | ms per token | tokens/s | of the ceiling | beside bf16 | tinygemm |"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:] if line.startswith("|")]
+    assert all(len(row) == 8 for row in rows)
+    eight = [row[1:3] for row in rows if row[0] == "llama-3.1-8b"]
+    assert eight == [[w, c] for c in ("1,024", "30,000") for w in ("int8", "int4", "int4, KV cache in fp8")]
+    assert [*dict.fromkeys(row[0] for row in rows)] == ["llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b"]
+    assert ["llama-3.1-8b", "int4", "1,024", "2.013", "497", "50.0%", "2.00x", "3.00x"] in rows
+    assert ["llama-3.1-8b", "int8", "1,024", "2.013", "497", "100.0%", "2.00x", ""] in rows
+    assert [row[-2:] for row in rows if row[0] == "llama-3.1-70b"] == [["", "3.00x"]]  # no record in bf16
+    assert "tinygemm: torch 9." in lines
+
+
 def test_the_pictures(records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = script("plot")
     plot.main(tmp_path, tmp_path)
@@ -117,10 +157,18 @@ def test_the_pictures(records: list[Record], tmp_path: Path, capsys: pytest.Capt
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: plots)")
     save(records, tmp_path / "decode-test.json")
     plot.main(tmp_path, tmp_path)
+    assert not (tmp_path / "speed-by-format.svg").exists()
+    save(formats(records), tmp_path / "decode-test.json")
+    plot.main(tmp_path, tmp_path)
     for name in ("speed-by-size.svg", "speed-by-context.svg"):
         text = (tmp_path / name).read_text()
         for word in ("FlashFormer", "torch.compile", "vllm", "llama-3.2-1b", "% of the read ceiling", "tokens/s"):
             assert word in text
+        assert "int4" not in text
+    text = (tmp_path / "speed-by-format.svg").read_text()
+    for word in ("NVIDIA Test", "llama-3.1-8b", "llama-3.1-70b", "bf16", "int4", "KV cache in fp8", "tokens/s", "497", "50%"):
+        assert word in text
+    assert "qwen3-14b" not in text  # known in one format alone
 
 
 def test_what_is_drawn_is_what_was_measured(records: list[Record]) -> None:
@@ -137,12 +185,13 @@ def test_decode_passes_over_contexts_that_a_model_does_not_have(monkeypatch: pyt
     asked: list[Any] = []
 
     class Refuse:
-        def __init__(self, subject: Any, contexts: list[int], *rest: Any) -> None:
-            asked.append((subject.name, contexts))
+        def __init__(self, subject: Any, contexts: list[int], *rest: Any, kv: str) -> None:
+            asked.append((subject.name, contexts, kv))
             raise InputError("no GPU in this test")
 
     monkeypatch.setattr(decode, "Bench", Refuse)
-    monkeypatch.setattr(sys, "argv", ["decode.py", "--models", "qwen3-0.6b", "--baselines", "none", "--results", str(tmp_path)])
+    arguments = ["--models", "qwen3-0.6b", "--kv", "fp8,native", "--baselines", "none", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["decode.py", *arguments])
     with pytest.raises(SystemExit, match="error: no GPU in this test"):
         decode.main()
-    assert asked == [("qwen3-0.6b", [128, 1024, 4096, 32768])]
+    assert asked == [("qwen3-0.6b", [128, 1024, 4096, 32768], "fp8")]

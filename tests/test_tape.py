@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from flashformer.config import ModelConfig
 from flashformer.formats import Format
+from flashformer.geometry import Geometry
 from flashformer.models import build_graph
-from flashformer.plan import Geometry, Plan, make_plan
+from flashformer.plan import Plan, make_plan
 from flashformer.shapes import shape
 from flashformer.tape import Tape, chunk_sizes, lay_tapes, tile_offsets
 from flashformer.targets import get

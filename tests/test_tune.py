@@ -163,6 +163,7 @@ class FakeRunner:
 
     def __init__(self, gpu: FakeGpu, plan: Plan) -> None:
         self.gpu, self.plan, self.loaded = gpu, plan, plan
+        self.columns, self.slots = plan.columns, plan.slots
         self.closed = self.filled = False
 
     def ready(self, kernel: Any, plan: Plan) -> Plan:

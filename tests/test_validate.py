@@ -23,7 +23,8 @@ from flashformer.plan import Plan, Stage, make_plan
 from flashformer.shapes import SHAPES, shape
 from flashformer.tape import Tape, lay_tapes
 from flashformer.targets import Target, available, get
-from flashformer.validate import validate, validate_tape
+from flashformer.validate import validate
+from flashformer.validate_tape import validate_tape
 
 WORKERS = (1, 2, 3, 7, 84, 108, 132, 148, 170)
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from flashformer.config import ModelConfig
+from flashformer.geometry import round_up
 from flashformer.graph import Weight
 from flashformer.models import build_graph
 from flashformer.ops.rope import rope_table
-from flashformer.plan import round_up
 
 from .graphs import WARM_UP, capture, time_replays
 
@@ -46,13 +46,13 @@ class Decoder:
         def single(name: str) -> Any:
             return make(known[name]) if name in known else None
 
-        def join(prefix: str, *names: str) -> tuple[Any, Any]:  # (weight, bias or None)
+        def join(prefix: str, *names: str) -> tuple[Any, ...]:
             weights = [single(f"{prefix}.{name}.weight") for name in names]
             biases = [single(f"{prefix}.{name}.bias") for name in names]
-            return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+            return self.prepare(torch.cat(weights), None if biases[0] is None else torch.cat(biases))
 
         self.embedding = single("model.embed_tokens.weight")
-        self.head = self.embedding if config.tied_embeddings else single("lm_head.weight")
+        self.head = self.prepare(self.embedding if config.tied_embeddings else single("lm_head.weight"), None)
         self.norm = single("model.norm.weight")
         self.layers: list[dict[str, Any]] = []
         for prefix in (f"model.layers.{i}" for i in range(config.num_layers)):
@@ -68,6 +68,14 @@ class Decoder:
                     "down": join(f"{prefix}.mlp", "down_proj"),
                 }
             )
+
+    def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, ...]:
+        """A matrix [rows, columns] and its bias [rows] as `linear` takes them."""
+        return weight, bias
+
+    def linear(self, x: torch.Tensor, *prepared: Any) -> torch.Tensor:
+        """[1, rows] of x [1, columns] and what `prepare` has returned."""
+        return F.linear(x, *prepared)
 
     def allocate(self, length: int) -> None:
         """A KV cache of `length` positions with random values, and the rotary angles.
@@ -94,7 +102,7 @@ class Decoder:
 
         for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
             y = F.rms_norm(x, (c.hidden_size,), layer["attention_norm"], c.norm_eps)
-            q, k, v = F.linear(y, *layer["qkv"]).split([q_size, kv_size, kv_size], -1)
+            q, k, v = self.linear(y, *layer["qkv"]).split([q_size, kv_size, kv_size], -1)
             q, k, v = (t.view(1, -1, 1, c.head_dim) for t in (q, k, v))
             if c.qk_norm:
                 q = F.rms_norm(q, (c.head_dim,), layer["q_norm"], c.norm_eps)
@@ -102,10 +110,10 @@ class Decoder:
             keys.index_copy_(2, position, rotate(k))
             values.index_copy_(2, position, v)
             a = self._attend(rotate(q), keys, values, position, attention)
-            x = x + F.linear(a.reshape(1, -1), *layer["output"])
-            gate, up = F.linear(F.rms_norm(x, (c.hidden_size,), layer["mlp_norm"], c.norm_eps), *layer["gate_up"]).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, *layer["down"])
-        return F.linear(F.rms_norm(x, (c.hidden_size,), self.norm, c.norm_eps), self.head)
+            x = x + self.linear(a.reshape(1, -1), *layer["output"])
+            gate, up = self.linear(F.rms_norm(x, (c.hidden_size,), layer["mlp_norm"], c.norm_eps), *layer["gate_up"]).chunk(2, -1)
+            x = x + self.linear(F.silu(gate) * up, *layer["down"])
+        return self.linear(F.rms_norm(x, (c.hidden_size,), self.norm, c.norm_eps), *self.head)
 
     def _attend(self, q: Any, keys: Any, values: Any, position: torch.Tensor, attention: Attention) -> Any:
         """Attention of one query over the cache up to `position`."""
@@ -122,9 +130,11 @@ class Decoder:
         return flex_attention(q, keys, values, score_mod=seen, enable_gqa=True)
 
 
-def measure(config: ModelConfig, contexts: Sequence[int], tokens: int, repeats: int) -> Iterator[tuple[int, float]]:
-    """See the package."""
-    decoder = Decoder(config)
+def measure(
+    config: ModelConfig, contexts: Sequence[int], tokens: int, repeats: int, kind: type[Decoder] = Decoder
+) -> Iterator[tuple[int, float]]:
+    """See the package; `kind` is what is measured."""
+    decoder = kind(config)
     try:
         for context in contexts:
             found, failed = [], []

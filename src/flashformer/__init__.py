@@ -7,9 +7,11 @@
             print(result.text, end="")
 """
 
-from .engine import Engine, Result, load
+from .engine import Engine, load
 from .errors import FlashFormerError
 from .sampling import SamplingParams
+from .scheduler import Result
+from .stream import Stream
 from .version import __version__
 
-__all__ = ["Engine", "FlashFormerError", "Result", "SamplingParams", "__version__", "load"]
+__all__ = ["Engine", "FlashFormerError", "Result", "SamplingParams", "Stream", "__version__", "load"]

@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from . import models
+from . import env, models
 from .backends import Progress, no_progress
 from .check import Comparison, compare, sample_tokens
 from .config import ModelConfig
 from .errors import DeviceError, InputError
 from .formats import NAMED, Format, choose
 from .plan import KvType, Plan, make_plan
-from .records import Record, commit, driver_version
+from .records import PLAIN, Record, commit, driver_version
 from .reference import Reference
 from .targets import Target
 from .trace import Trace, make_trace
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 TIMED_REGION = "one launch: embedding, all layers with attention and KV append, norm, head, greedy choice, for every token"
-FORMATS = {"bfloat16": "bf16", "float16": "f16"}  # what a record calls the weights
 CHECK_PARAMETERS = 2.0e9  # most that the reference computes with: it takes some 10 ns each
 CHECK_LAYERS = 2  # least that are checked, whatever their size
 CHECK_PROMPT, CHECK_GREEDY = 481, 32  # tokens: together one block of the reference
@@ -171,7 +171,7 @@ class Bench:
         cache = "" if plan.kv.type == "native" else f", KV cache in {plan.kv.type}"
         return Record(
             model=self.subject.name,
-            weights=(self.subject.stored or FORMATS[plan.config.dtype]) + cache,
+            weights=(self.subject.stored or PLAIN[plan.config.dtype]) + cache,
             batch=1,
             context=context,
             tokens_timed=tokens,
@@ -276,12 +276,16 @@ def choose_baselines(names: Iterable[str]) -> list[Any]:
 
 
 def compare_with(chosen: Iterable[Any], config: ModelConfig, records: Sequence[Record], tell: Callable[[str], None]) -> None:
-    """Run baselines on a shape in this process and note in each record what they reach; those not installed are skipped.
+    """Run baselines on a shape in this process and note in each record what they reach.
 
-    A baseline that fails is told of and left out: it must not cost us our own records.
+    Skipped are those that are not installed, and those for other weights than the records are of. One that fails is told of and left
+    out: it must not cost us our own records. With FF_DEBUG its whole traceback is shown.
     """
     ours = {r.context: r for r in records}
     for baseline in chosen:
+        if baseline.weights != records[0].weights:
+            tell(f"{baseline.name}: for {baseline.weights} weights, not for {records[0].weights}; skipped")
+            continue
         version = baseline.version()
         if version is None:
             tell(f"{baseline.name}: not installed, skipped")
@@ -293,4 +297,5 @@ def compare_with(chosen: Iterable[Any], config: ModelConfig, records: Sequence[R
                 tell(f"{baseline.name} ({version}) at {context:,}: {ms:.4f} ms/token; ours is {ms / record.ms:.2f}x as fast")
         except Exception as error:
             tell(f"{baseline.name} failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+            env.debug(1, traceback.format_exc)
         gc.collect()

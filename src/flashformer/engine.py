@@ -5,23 +5,26 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, cast, overload
 
 import numpy as np
 
 from . import env
 from .backends import Progress, Runner, RunStats
-from .backends.sampling import Sampling
 from .config import ModelConfig
-from .errors import CheckpointError, DeviceError, InputError
+from .errors import CheckpointError, DeviceError, InputError, ScoreError
 from .formats import Format, choose
 from .graph import Graph
 from .plan import BLOCK_POSITIONS, KV_TYPES, KvType, Plan, make_plan
-from .sampling import SamplingParams, StopMatcher
+from .sampling import SEEDS, SamplingParams
+from .scheduler import End, LogitsRequest, Request, Result, Scheduler
+from .speculate import Drafter, DraftModel, Lookup, Speculation
+from .stream import Stream
 from .targets import Target, get
 
 if TYPE_CHECKING:
@@ -32,22 +35,6 @@ DEVICES = ("auto", "cpu", "cuda")
 WEIGHTS = ("native", "bf16")
 CPU_CONTEXT = 8192  # default on CPUs, whose memory other programs need too
 MEMORY_SHARE = 0.9  # of the memory that weights and the default context may fill
-
-
-@dataclass(frozen=True)
-class Result:
-    """One token of a generation and the text that it completes (often none, in the middle of a character).
-
-    finish: None while the text goes on; "stop" with the last token if the model or a stop ended it, "length" if a limit did.
-    logprob, top_logprobs: where `SamplingParams.logprobs` asks for them, the token's log probability, and (token id, log probability)
-    of the most likely ones, best first; else None.
-    """
-
-    token: int
-    text: str
-    finish: Literal["stop", "length"] | None = None
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,15 +72,15 @@ def find_device(device: str = "auto") -> Device:
 
 
 def default_context(
-    config: ModelConfig, graph: Graph, device: Device, formats: Mapping[str, Format] | None = None, kv: KvType = "native"
+    config: ModelConfig, graph: Graph, device: Device, formats: Mapping[str, Format] | None = None, kv: KvType = "native", slots: int = 1
 ) -> int:
-    """Positions that the KV cache gets where the user does not say: all of the model's, as far as memory allows.
+    """Positions that each slot of the KV cache gets where the user does not say: all of the model's, as far as memory allows.
 
-    formats, kv: as `make_plan` takes them. Raises DeviceError if the weights alone do not fit.
+    formats, kv, slots: as `make_plan` takes them. Raises DeviceError if the weights alone do not fit.
     """
     shortest = make_plan(config, graph, device.target, 1, formats=formats, kv_type=kv)
     weights = shortest.tape_bytes() + shortest.embedding_bytes()
-    position_bytes = config.num_layers * shortest.kv.layer_bytes / BLOCK_POSITIONS
+    position_bytes = slots * config.num_layers * shortest.kv.layer_bytes / BLOCK_POSITIONS
     positions = int((device.memory_bytes * MEMORY_SHARE - weights) / position_bytes)
     if positions < 1:
         raise DeviceError(
@@ -104,18 +91,22 @@ def default_context(
 
 
 class Engine:
-    """A model, loaded and ready. A context manager; closing it frees everything. One generation at a time.
+    """A model, loaded and ready, for any number of threads and tasks. A context manager; closing it frees everything.
 
-    What the KV cache holds is remembered, so that the next turn of a conversation computes only what is new. Whoever launches
-    the runner directly overwrites it unseen, and must not generate with the engine afterwards.
+    As many generations run at a time as there are slots; others wait for their turn. What the KV cache holds is remembered, so that the
+    next turn of a conversation, or another prompt that begins alike, computes only what is new. Whoever launches the runner directly
+    overwrites it unseen, and must not generate with the engine afterwards.
     """
 
-    def __init__(self, plan: Plan, runner: Runner, checkpoint: Checkpoint, device: Device) -> None:
-        """Takes over `runner` and `checkpoint`: they are closed with the engine. See `load`."""
+    def __init__(
+        self, plan: Plan, runner: Runner, checkpoint: Checkpoint, device: Device, drafter: Callable[[], Drafter] | None = None,
+        draft: Engine | None = None,
+    ) -> None:  # fmt: skip
+        """Takes over `runner`, `checkpoint` and `draft`: they are closed with the engine. drafter: one for each generation. See `load`."""
         self.plan, self.runner, self.checkpoint, self.device = plan, runner, checkpoint, device
+        self._drafter, self._draft = drafter, draft
+        self._scheduler = Scheduler(plan, runner)
         self._tokenizer: Tokenizer | None = None
-        self._cached: list[int] = []  # tokens of the positions 0, 1, ... whose KV entries are certain
-        self._busy = False
         self._closed = False
 
     @property
@@ -130,8 +121,8 @@ class Engine:
 
     @property
     def stats(self) -> RunStats:
-        """What the last generation did and how long it took."""
-        return self.runner.stats
+        """What the generation that made the latest token has done and how long it took."""
+        return self._scheduler.stats
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -140,18 +131,45 @@ class Engine:
             self._tokenizer = self.checkpoint.tokenizer()
         return self._tokenizer
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generator[Result, None, None]:
-        """The continuation of a text or of token ids, token by token, as they are made.
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Generator[Result, None, None]: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Generator[tuple[int, Result], None, None]: ...
+
+    def generate(
+        self, prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Generator[Result, None, None] | Generator[tuple[int, Result], None, None]:  # fmt: skip
+        """The continuation of a text or of token ids, token by token, as they are made; of a list of them, pairs (index, result).
 
         A text is encoded as the model expects it (with its beginning-of-text token); see `chat_prompt` for conversations.
         Where the prompt begins as what ran before, that part is not computed again (`stats.reused_tokens`).
-        The last result says why it is the last. Raises InputError before anything runs for a prompt that is empty, has ids
-        outside the vocabulary, or does not fit into the context; DeviceError where the kernel fails, or the model's scores are not
-        finite.
+        The last result says why it is the last. Closing the iterator ends the generation. A list may have parameters for each prompt; a
+        seed that all share is counted up, from one prompt to the next. What goes wrong with one prompt of a list is its last result.
+
+        Raises InputError before anything runs for a prompt that is empty, has ids outside the vocabulary, or does not fit into the
+        context; DeviceError where the kernel fails, or the model's scores are not finite.
         """
-        params = params or SamplingParams()
-        ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-        return self._generate(ids, params, params.lower(self.config.vocab_size, ids))
+        if _is_one(prompt):
+            if not (params is None or isinstance(params, SamplingParams)):
+                raise InputError("one prompt has one SamplingParams, not a list")
+            return self._results(self._request(cast("str | Sequence[int]", prompt), params))
+        prompts = cast("Sequence[str | Sequence[int]]", prompt)
+        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise InputError(f"there are {len(prompts)} prompts and {len(each)} SamplingParams")
+        if isinstance(params, SamplingParams) and params.seed is not None:
+            each = [replace(params, seed=(params.seed + i) % SEEDS) for i in range(len(prompts))]
+        return self._pairs([self._request(one, its) for one, its in zip(prompts, each, strict=True)])
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Stream:
+        """`generate`, begun at once and to be read from any thread (`for`) or task (`async for`). See `Stream`."""
+        return Stream(self._scheduler, self._request(prompt, params))
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation ({"role": ..., "content": ...} each) in the model's own format, ready for an answer.
@@ -165,21 +183,21 @@ class Engine:
 
         Raises InputError as `generate` does.
         """
-        ids = self._checked(tokens)
-        self._claim()
-        self._cached = []
-        try:
-            scores = self.runner.logits(ids, 0)
-            self._cached = ids
-            return scores
-        finally:
-            self._busy = False
+        request = LogitsRequest(self._checked(tokens))
+        self._scheduler.submit(request)
+        outcome = request.outcome.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
     def close(self) -> None:
         """Free the device and let go of the files; safe to call twice."""
         if not self._closed:
             self._closed = True
+            self._scheduler.close()
             self.runner.close()
+            if self._draft:
+                self._draft.close()
             self.checkpoint.close()
 
     def __enter__(self) -> Self:
@@ -207,20 +225,13 @@ class Engine:
             )
         return [int(i) for i in ids]
 
-    def _claim(self) -> None:
-        """Mark the runner as in use."""
-        if self._closed:
-            raise InputError("this engine has been closed")
-        if self._busy:
-            raise InputError("this engine is generating already; finish or close that generation first")
-        self._busy = True
-
-    def _generate(self, ids: list[int], params: SamplingParams, sampling: Sampling) -> Generator[Result, None, None]:
-        """`generate` after its checks."""
-        config = self.config
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams | None) -> Request:
+        """A generation, checked and ready to be submitted."""
+        params = params or SamplingParams()
+        ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         stop = params.stop_ids
         if not params.ignore_eos:
-            stop |= set(config.eos_token_ids)
+            stop |= set(self.config.eos_token_ids)
         try:
             if not params.ignore_eos:
                 stop |= set(self.tokenizer.eos_ids)
@@ -231,47 +242,59 @@ class Engine:
             decoder = None
         # The token made after the last position of the context has no position of its own.
         count = min(params.max_tokens, self.max_context - len(ids) + 1)
-        matcher = StopMatcher(params.stop_texts)
-        self._claim()
-        start = min(_common_length(self._cached, ids), len(ids) - 1)  # the last token of the prompt has the answer
-        self._cached, fed = ids[:start], ids[start:]
+        speculation = Speculation(self._drafter()) if self._drafter else None
+        return Request(ids, params, params.lower(self.config.vocab_size, ids), stop, count, decoder, speculation)
+
+    def _results(self, request: Request) -> Generator[Result, None, None]:
+        """What comes of one request."""
         try:
-            with closing(self.runner.generate(fed, start, count, stop, sampling)) as tokens:
-                for made, token in enumerate(tokens, 1):
-                    # NOTE: a token is made once all before it have KV entries; its own follows, or never does where the kernel ends.
-                    self._cached += fed
-                    fed = [token]
-                    last = token in stop or made == count
-                    scores = self.runner.scores(made - 1) if sampling.logprobs is not None else None
-                    logprobs = (scores.logprob, scores.top) if scores else (None, None)
-                    text = ""
-                    if decoder is not None and token not in stop:
-                        text = matcher.push(decoder.push(token))
-                    if decoder is not None and last:
-                        text += matcher.push(decoder.finish()) + matcher.finish()
-                    if matcher.stopped:
-                        yield Result(token, text, "stop", *logprobs)
-                        return
-                    yield Result(token, text, ("stop" if token in stop else "length") if last else None, *logprobs)
-        except Exception:
-            self._cached = []  # nobody knows what a kernel that failed has written
-            raise
+            self._scheduler.submit(request)
+            while isinstance(result := request.results.get(), Result):
+                yield result
+                if result.finish:
+                    return
+            if result.error:
+                raise result.error
         finally:
-            self._busy = False
+            self._scheduler.cancel(request)
+
+    def _pairs(self, requests: Sequence[Request]) -> Generator[tuple[int, Result], None, None]:
+        """What comes of several, in the order in which it comes."""
+        results: SimpleQueue[tuple[int, Result | End]] = SimpleQueue()
+        try:
+            for index, request in enumerate(requests):
+                request.tell = partial(_tell, results, index)
+            self._scheduler.submit(*requests)
+            left = len(requests)
+            while left:
+                index, result = results.get()
+                if isinstance(result, End):
+                    if not isinstance(result.error, ScoreError):
+                        raise result.error or InputError("this generation was ended")
+                    result = Result(-1, "", "error", error=result.error)
+                left -= result.finish is not None
+                yield index, result
+        finally:
+            for request in requests:
+                self._scheduler.cancel(request)
 
 
 def load(
     model: str | os.PathLike[str], device: str = "auto", max_context: int | None = None, progress: Progress | None = None,
-    weights: str = "native", kv: KvType = "native",
+    weights: str = "native", kv: KvType = "native", slots: int = 1, columns: int | None = None,
+    draft: str | os.PathLike[str] | None = None,
 ) -> Engine:  # fmt: skip
     """Load a model and make it ready to run.
 
     model: a Hugging Face folder, a GGUF file, "demo", or a name on the Hugging Face hub. device: "auto", "cpu" or "cuda".
-    max_context: positions of the KV cache (default: all that the model supports and the memory holds; on a CPU at most
+    max_context: positions of each slot of the KV cache (default: all that the model supports and the memory holds; on a CPU at most
     8,192). progress: told what is being done; by default bars on stderr, where that is a terminal. weights: "native" keeps quantised
     matrices in formats that hold them exactly wherever the device has kernels for them, "bf16" expands all to 16 bits; what that
     costs is in the notes of the engine's configuration. kv: "native" keeps keys and values in 16 bits, "int8" and "fp8" (e4m3) in 8,
-    which is half the bytes to read at long context; `flashformer quality` says what a model loses by it.
+    which is half the bytes to read at long context; `flashformer quality` says what a model loses by it. slots: generations that run
+    at a time, each with a KV cache of its own. columns: token positions that a pass carries at most (default: as many as the device has
+    kernels for, which changes no result). draft: speculate, without changing a token: "lookup" guesses that texts repeat themselves,
+    else a smaller model with the same vocabulary guesses.
 
     Raises CheckpointError, ConfigError, PlanError, BuildError or DeviceError, each a FlashFormerError.
     """
@@ -286,6 +309,8 @@ def load(
     began = time.perf_counter()
     if weights not in WEIGHTS:
         raise InputError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
+    if slots < 1:
+        raise InputError(f"slots is {slots}; it must be at least 1")
     if kv not in KV_TYPES:
         raise InputError(f"kv is {kv!r}; it must be one of {', '.join(KV_TYPES)}")
     where = find_device(device)
@@ -295,8 +320,13 @@ def load(
         check_tensors(checkpoint, graph.weights())
         formats = choose(checkpoint, graph.weights()) if weights == "native" else {}
         if max_context is None:
-            max_context = default_context(checkpoint.config, graph, where, formats, kv)
-        plan = make_plan(checkpoint.config, graph, where.target, max_context, formats=formats, kv_type=kv)
+            max_context = default_context(checkpoint.config, graph, where, formats, kv, slots)
+        columns = max(where.target.columns) if columns is None else columns
+        if draft is not None and columns == 1:
+            raise InputError(f"speculation verifies drafts in the columns of a pass, and the kernel for {where.name} has one column")
+        plan = make_plan(
+            checkpoint.config, graph, where.target, max_context, formats=formats, kv_type=kv, columns=columns, slots=slots
+        )
         if where.backend == "cuda":
             plan = tuned(plan, where.name)
         validate(plan)
@@ -310,12 +340,34 @@ def load(
     except BaseException:
         checkpoint.close()
         raise
-    return Engine(plan, runner, checkpoint, where)
+    if draft is None or draft == "lookup":
+        return Engine(plan, runner, checkpoint, where, Lookup if draft else None)
+    engine = Engine(plan, runner, checkpoint, where)
+    try:
+        return _with_draft(engine, load(draft, device, None, progress, weights, kv, slots, columns))
+    except BaseException:
+        engine.close()
+        raise
 
 
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens `a` and `b` begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _with_draft(engine: Engine, draft: Engine) -> Engine:
+    """An engine that speculates with another one. Raises InputError if their vocabularies differ."""
+    ours, theirs = engine.config.vocab_size, draft.config.vocab_size
+    if ours != theirs:
+        draft.close()
+        raise InputError(f"a draft model needs the model's vocabulary: it has {theirs} tokens, the model {ours}")
+    drafter = DraftModel(draft.runner, draft.max_context)
+    return Engine(engine.plan, engine.runner, engine.checkpoint, engine.device, lambda: drafter, draft)
+
+
+def _is_one(prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> bool:
+    """Whether this is one prompt and not several."""
+    return isinstance(prompt, str) or not len(prompt) or not (isinstance(prompt[0], str) or np.ndim(prompt[0]))
+
+
+def _tell(results: SimpleQueue[tuple[int, Result | End]], index: int, result: Result | End) -> None:
+    """Hand on a result with the index of its prompt."""
+    results.put((index, result))
 
 
 def _described(plan: Plan) -> str:

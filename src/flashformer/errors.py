@@ -31,5 +31,9 @@ class DeviceError(FlashFormerError):
     """No device, too little memory, or a kernel that stopped."""
 
 
+class ScoreError(DeviceError):
+    """A sequence whose scores leave no token to choose; the kernel and other sequences go on."""
+
+
 class InputError(FlashFormerError):
     """A prompt, token id or option that cannot be served."""

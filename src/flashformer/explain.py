@@ -111,7 +111,7 @@ def render(plan: Plan, context: int | None = None) -> RenderableType:
     # Of the matrices: vectors (norms, biases) are too few to matter. A tied head counts once.
     matrices = [s.linear.rows_used * s.linear.columns_used for s in plan.stages if s.linear]
     parameters = sum(matrices) + (0 if c.tied_embeddings else c.vocab_size * c.hidden_size)
-    cache = c.num_layers * kv.layer_bytes
+    cache = plan.kv_bytes()
     memory = plan.tape_bytes() + plan.embedding_bytes() + cache
     for label, value in (
         ("model", f"{c.architecture}, {parameters / 1e9:.3f} B parameters in {c.dtype}{', ' + ', '.join(options) if options else ''}"),

@@ -21,14 +21,20 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 Offset = Literal["none", "zero", "minimum"]
-ScaleType = Literal["float16", "bfloat16", "float32"]
+ScaleType = Literal["exponent", "e4m3", "bfloat16", "float16", "float32"]
 
-# Types of scales, in the order in which they are tried. NOTE: float16 holds most bfloat16 scales too, but not the smallest ones.
+# Types of scales. An exponent is a byte, e8m0: 2^(byte - 127).
 SCALES: dict[ScaleType, np.dtype[Any]] = {
+    "exponent": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+# Those that are tried, in order, with offsets and without. NOTE: float16 holds most bfloat16 scales too, but not the smallest ones.
+_WITH_OFFSETS: tuple[ScaleType, ...] = ("bfloat16", "float16", "float32")
+_ALONE: tuple[ScaleType, ...] = ("exponent", *_WITH_OFFSETS)
+_DIVISORS = (2.0**-126, 2.0**126)  # least and most that a row is divided by: kernels take the fast division
 NAN = 0x7F  # the magnitude of e4m3 that is no number
 SAMPLE = 32  # rows at both ends of a matrix by which its format is chosen; `encode` refuses what does not hold for all others
 
@@ -38,7 +44,7 @@ class Format:
     """Codes and what they stand for. Of `float` they are the values themselves; otherwise a value is, with the scale of its group,
 
     code * scale (`offset` none), (code - zero) * scale, or code * scale + minimum, where a code is an integer (`int`), an e4m3 number
-    (`fp8`), or the value that `table` has for it.
+    (`fp8`), or the value that `table` has for it. Scales of e4m3 are divided by a float32 that all groups of a row share.
     """
 
     kind: Literal["float", "int", "fp8", "table"] = "float"
@@ -63,6 +69,11 @@ class Format:
         return 0 if self.kind == "float" else SCALES[self.scale].itemsize * self.scale_values
 
     @property
+    def divisor_bytes(self) -> int:
+        """Bytes of what a row's scales are divided by."""
+        return 4 if self.scale == "e4m3" else 0
+
+    @property
     def scale_values(self) -> int:
         """Values beside the codes of one group: a scale, or a scale and an offset."""
         return 1 if self.offset == "none" else 2
@@ -75,11 +86,12 @@ class Format:
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row of a matrix with so many columns, scales included, without padding: what a token must read of it."""
-        return -(-columns * self.bits // 8) + self.groups(columns) * self.group_bytes
+        return -(-columns * self.bits // 8) + self.groups(columns) * self.group_bytes + self.divisor_bytes
 
 
 PLAIN = Format()
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1 = (*_FP4, *(-x for x in _FP4))
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -92,7 +104,8 @@ NAMED: dict[str, Format] = {
     "int8": Format("int", 8, scale="bfloat16"),
     "fp8": Format("fp8", 8, scale="bfloat16"),
     "int4": Format("int", 4, 128, scale="bfloat16"),
-    "mxfp4": Format("table", 4, 32, scale="bfloat16", table=(*_FP4, *(-x for x in _FP4))),
+    "mxfp4": Format("table", 4, 32, scale="exponent", table=_E2M1),
+    "nvfp4": Format("table", 4, 16, scale="e4m3", table=_E2M1),
     "nf4": Format("table", 4, 64, table=_NF4),
 }
 
@@ -100,8 +113,10 @@ NAMED: dict[str, Format] = {
 def format_of(form: Form) -> Format | None:
     """The cheapest format that holds this form exactly; None where there is none (columns in any order, more than 8 bits)."""
     if isinstance(form, Table):
-        group = _group(form.group, form.codes.shape[1])
-        return Format("table", 4, group, scale=_scale_type(_table_scale(form)), table=tuple(map(float, form.table)))
+        format = Format("table", 4, _group(form.group, form.codes.shape[1]), table=tuple(map(float, form.table)))
+        if form.divisor != 1 and _DIVISORS[0] <= abs(form.divisor) <= _DIVISORS[1] and _holds("e4m3", form.scale):
+            return replace(format, scale="e4m3")
+        return replace(format, scale=_scale_type(_table_scale(form)))
     if isinstance(form, Scaled):
         kind: Literal["int", "fp8"] = "int" if form.values.dtype == np.int8 else "fp8"
         return Format(kind, 8, _group(form.block[1], form.values.shape[1]), scale=_scale_type(form.scale))
@@ -137,8 +152,15 @@ def _join(a: Format, b: Format) -> Format | None:
         bits=max(a.bits, b.bits),
         group=math.gcd(a.group, b.group),
         offset=offsets.pop() if offsets else "none",
-        scale=a.scale if a.scale == b.scale else "float32",
+        scale=_join_scales(a.scale, b.scale),
     )
+
+
+def _join_scales(a: ScaleType, b: ScaleType) -> ScaleType:
+    """The smallest type that holds what either does."""
+    if a == b:
+        return a
+    return "bfloat16" if {a, b} == {"exponent", "bfloat16"} else "float32"
 
 
 def choose(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Format]:
@@ -161,6 +183,7 @@ class Encoded:
 
     codes: np.ndarray  # [N, K]: uint8 from 0 to 15 (4 bits; of integers without an offset: plus 8), int8, or the bytes of e4m3
     scales: np.ndarray  # [N, groups, scale_values] in the format's type of scales
+    divisors: np.ndarray | None = None  # float32 [N]: what a row's scales are divided by; None: nothing
 
     @property
     def finite(self) -> bool:
@@ -172,7 +195,8 @@ def encode(form: Form, format: Format, name: str) -> Encoded:
     """A form in a format that `format_of` or `join` has named for it. Raises CheckpointError, about the matrix `name`, where
     it does not hold these rows exactly."""
     if isinstance(form, Table):
-        codes, columns, group, scale, offset = form.codes, form.codes.shape[1], form.group, _table_scale(form), None
+        codes, columns, group, offset = form.codes, form.codes.shape[1], form.group, None
+        scale = form.scale if format.divisor_bytes else _table_scale(form)
         fits = format.kind == "table" and format.table == tuple(map(float, form.table))
     elif isinstance(form, Scaled):
         columns, group = form.values.shape[1], form.block[1]
@@ -198,7 +222,8 @@ def encode(form: Form, format: Format, name: str) -> Encoded:
         )
     if format.kind == "int":
         codes = codes.astype(np.uint8 if format.bits == 4 else np.int8)
-    return Encoded(codes.view(np.uint8), scales)
+    divisor = form.divisor if isinstance(form, Table) else 1.0
+    return Encoded(codes.view(np.uint8), scales, np.full(len(codes), divisor, np.float32) if format.divisor_bytes else None)
 
 
 def _integers(form: Affine, format: Format) -> tuple[np.ndarray, np.ndarray | None, bool]:
@@ -242,10 +267,15 @@ def _group(group: int, columns: int) -> int:
     return 0 if group >= columns else group
 
 
-def _scale_type(*values: np.ndarray) -> ScaleType:
-    """A type that holds all of these exactly."""
+def _scale_type(scale: np.ndarray, offset: np.ndarray | None = None) -> ScaleType:
+    """The first type that holds all scales, and offsets, exactly."""
+    if offset is None:
+        return next(type for type in _ALONE if _holds(type, scale))
+    return next(type for type in _WITH_OFFSETS if _holds(type, scale) and _holds(type, offset))
+
+
+def _holds(type: ScaleType, values: np.ndarray) -> bool:
+    """Whether a type has all of these values (float32, or small integers); float32 has."""
+    wanted = values.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        for name, dtype in SCALES.items():
-            if all(np.array_equal(v.astype(dtype).astype(np.float32), v.astype(np.float32), equal_nan=True) for v in values):
-                return name
-    raise AssertionError("float32 holds float32")
+        return np.array_equal(wanted.astype(SCALES[type]).astype(np.float32), wanted, equal_nan=True)

@@ -28,6 +28,7 @@ class Kept:
 
 
 R = TypeVar("R", bound=Kept)
+PLAIN = {"bfloat16": "bf16", "float16": "f16"}  # what a record calls weights that are not quantised, by their type
 
 
 @dataclass
@@ -59,6 +60,16 @@ class Record(Kept):
     def ms(self) -> float:
         """Median milliseconds per token."""
         return self.ms_per_token["median"]
+
+    @property
+    def floor_ms(self) -> float:
+        """Milliseconds that the bytes of a token take at the read ceiling."""
+        return self.bytes_per_token / self.read_ceiling_gb_s / 1e6
+
+    @property
+    def plain(self) -> bool:
+        """Whether weights and KV cache have 16 bits a value."""
+        return self.weights in PLAIN.values()
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -12,7 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from .plan import Geometry, Plan, Stage, ceil_div
+from .geometry import Geometry, ceil_div
+from .plan import Plan, Stage
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ import numpy as np
 from .errors import PlanError
 from .formats import PLAIN
 from .fuse import LinearSpec
-from .plan import BLOCK_POSITIONS, COLUMN_HEADS, COPY_UNIT, HEAD_MULTIPLE, KV_TYPES, SCALE_ROOM, Geometry, Plan, Stage, ceil_div, round_up
-from .tape import Tape, block_rows, lay_tapes
+from .geometry import SCALE_ROOM, Geometry, ceil_div, round_up
+from .plan import BLOCK_POSITIONS, COLUMN_HEADS, COPY_UNIT, HEAD_MULTIPLE, KV_TYPES, Plan, Stage
+from .tape import block_rows, lay_tapes
+from .validate_tape import chunk_bytes, validate_tape, where
 
 # The stages as the kernels walk them: (name, kind, what a linear stage does with its result).
 FIRST = (("embed", "embed", ""),)
@@ -36,7 +38,6 @@ LAYER = (
     ("down", "linear", "residual"),
 )
 LAST = (("head", "linear", "logits"), ("token", "token", ""))
-STRIDE = 1 << 18  # chunks that are compared at a time, so that they stay in the cache of a core
 
 
 def validate(plan: Plan) -> None:
@@ -48,17 +49,6 @@ def validate(plan: Plan) -> None:
     ):  # fmt: skip
         prove(plan)
     validate_tape(plan, lay_tapes(plan))
-
-
-def validate_tape(plan: Plan, tape: Tape) -> None:
-    """Prove the tapes of a plan: each worker's chunks hold its tiles, in order, none over another, all inside the arena."""
-    _chunks_hold_the_tiles(plan, tape)
-    _chunks_apart(plan, tape)
-
-
-def _where(stage: Stage) -> str:
-    """A stage for a message."""
-    return stage.name if stage.layer < 0 else f"layer {stage.layer} {stage.name}"
 
 
 def _linear(plan: Plan) -> list[tuple[Stage, LinearSpec, Geometry]]:
@@ -90,7 +80,7 @@ def _stages_in_order(plan: Plan) -> None:
         s = plan.stages[i]
         have = (s.layer, s.name, s.kind, s.linear.epilogue if s.linear else "")
         if have != (layer, name, kind, epilogue) or (s.linear is None) != (s.geometry is None):
-            raise PlanError(f"stage {i} is {_where(s)} ({s.kind}); the kernel comes to {name} ({kind}) of layer {layer} there")
+            raise PlanError(f"stage {i} is {where(s)} ({s.kind}); the kernel comes to {name} ({kind}) of layer {layer} there")
     if len(plan.stages) != len(walk):
         raise PlanError(f"the plan has {len(plan.stages)} stages; the kernel walks through {len(walk)}")
 
@@ -103,10 +93,10 @@ def _buffers_known(plan: Plan) -> None:
     for s in plan.stages:
         used = (*s.reads, s.writes) if s.kind != "token" else s.reads
         if len(s.reads) != 1 or bool(s.writes) == (s.kind == "token"):
-            raise PlanError(f"{_where(s)} reads {len(s.reads)} buffers and writes {s.writes!r}; a stage reads one and writes one")
+            raise PlanError(f"{where(s)} reads {len(s.reads)} buffers and writes {s.writes!r}; a stage reads one and writes one")
         for name in used:
             if name not in names:
-                raise PlanError(f"{_where(s)} uses {name!r}, which is no buffer")
+                raise PlanError(f"{where(s)} uses {name!r}, which is no buffer")
 
 
 def _tiles_owned_once(plan: Plan) -> None:
@@ -115,21 +105,21 @@ def _tiles_owned_once(plan: Plan) -> None:
     stages = [s for s in plan.stages if s.kind not in ("attention", "token")]
     for s in stages:
         if len(s.first) != workers or len(s.count) != workers:
-            raise PlanError(f"{_where(s)} gives tiles to {len(s.count)} workers, not {workers}")
+            raise PlanError(f"{where(s)} gives tiles to {len(s.count)} workers, not {workers}")
         if s.tiles < 1:
-            raise PlanError(f"{_where(s)} has no tiles: whoever reads {s.writes} would wait forever")
+            raise PlanError(f"{where(s)} has no tiles: whoever reads {s.writes} would wait forever")
     first, count, tiles = (np.array([getattr(s, field) for s in stages]) for field in ("first", "count", "tiles"))
     end = np.cumsum(count, axis=1)
     wrong = (count < 0) | (first != end - count)
     if wrong.any():
         at, w = np.argwhere(wrong)[0]
         raise PlanError(
-            f"{_where(stages[at])}: worker {w} owns {count[at, w]} tiles from {first[at, w]} on; those before it end at "
+            f"{where(stages[at])}: worker {w} owns {count[at, w]} tiles from {first[at, w]} on; those before it end at "
             f"{end[at, w] - count[at, w]}: a tile is lost or owned twice"
         )
     if (end[:, -1] != tiles).any():
         at = int((end[:, -1] != tiles).argmax())
-        raise PlanError(f"{_where(stages[at])}: the workers own {end[at, -1]} of {tiles[at]} tiles")
+        raise PlanError(f"{where(stages[at])}: the workers own {end[at, -1]} of {tiles[at]} tiles")
 
 
 def _owners_fixed(plan: Plan) -> None:
@@ -141,7 +131,7 @@ def _owners_fixed(plan: Plan) -> None:
         other = fixed.setdefault(_owns_residual(s), s)
         if (s.first, s.count) != (other.first, other.count):
             w = next(w for w in range(len(s.count)) if (s.first[w], s.count[w]) != (other.first[w], other.count[w]))
-            raise PlanError(f"{_where(s)}: worker {w} does not own the tiles that it owns in {_where(other)}: they have moved")
+            raise PlanError(f"{where(s)}: worker {w} does not own the tiles that it owns in {where(other)}: they have moved")
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------------
@@ -152,7 +142,7 @@ def _geometry_fits(plan: Plan) -> None:
     t, slot = plan.target, _slot_bytes(plan)
     for s, spec, g in _linear(plan):
         sizes = g.part_sizes() if 1 <= g.parts <= g.fragments else (0,)
-        chunk = max(_chunk_bytes(g, g.chunk_tiles), default=0)
+        chunk = max(chunk_bytes(g, g.chunk_tiles), default=0)
         most = t.max_fragments * t.fragment_columns // g.fragment_columns
         in_chunk = max(int(t.part_fragments * t.tile_rows * t.fragment_columns * 2 * (1 + SCALE_ROOM)) // g.fragment_bytes, 1)
         ends = (np.arange(g.warps_columns)[:, None] * g.fragments + np.cumsum(sizes)).reshape(-1) * g.fragment_columns
@@ -174,7 +164,7 @@ def _geometry_fits(plan: Plan) -> None:
             (g.fragment_bytes % t.chunk_unit != 0, f"fragments of {g.fragment_bytes} bytes are not aligned to {t.chunk_unit}"),
         ):
             if wrong:
-                raise PlanError(f"{_where(s)}: wrong geometry: {what}")
+                raise PlanError(f"{where(s)}: wrong geometry: {what}")
 
 
 def _weights_used_once(plan: Plan) -> None:
@@ -184,9 +174,9 @@ def _weights_used_once(plan: Plan) -> None:
     def use(s: Stage, name: str, *shape: int) -> None:
         if plan.weights.get(name) != shape:
             known = f"has the shape {list(plan.weights[name])}" if name in plan.weights else "is no weight of this model"
-            raise PlanError(f"{_where(s)} reads {name} as {list(shape)}; it {known}")
+            raise PlanError(f"{where(s)} reads {name} as {list(shape)}; it {known}")
         if name in used:
-            raise PlanError(f"{_where(s)} reads {name}, which another stage reads, too: a weight is used once")
+            raise PlanError(f"{where(s)} reads {name}, which another stage reads, too: a weight is used once")
         used.add(name)
 
     for s in plan.stages:
@@ -218,10 +208,10 @@ def _groups_padded(plan: Plan) -> None:
             *((f"rows of {b.weight}", b.rows, b.group, b.stride) for b in spec.blocks),
         ):
             if not 1 <= group <= stride or values < 1 or values % group:
-                raise PlanError(f"{_where(s)}: {values} {what} do not lie in groups of {group}, {stride} apart")
+                raise PlanError(f"{where(s)}: {values} {what} do not lie in groups of {group}, {stride} apart")
         halves = [spec.rows // 2] * 2
         if spec.interleave != (spec.epilogue == "swiglu") or (spec.interleave and [b.rows for b in spec.blocks] != halves):
-            raise PlanError(f"{_where(s)}: swiglu, and it alone, takes a gate and an up projection of one size, row by row")
+            raise PlanError(f"{where(s)}: swiglu, and it alone, takes a gate and an up projection of one size, row by row")
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------------
@@ -262,9 +252,9 @@ def _heads_fit(plan: Plan) -> None:
     for s, spec, _ in _linear(plan):
         rows = [(b.rows, b.group, b.stride) for b in spec.blocks]
         if s.name == "qkv" and rows != [(n * kv.head_dim, kv.head_dim, kv.head_pad) for n in heads]:
-            raise PlanError(f"{_where(s)} does not make {heads[0]} heads of q and {kv.heads} of k and v, {kv.head_pad} rows each")
+            raise PlanError(f"{where(s)} does not make {heads[0]} heads of q and {kv.heads} of k and v, {kv.head_pad} rows each")
         if s.name == "attention_output" and (spec.column_group, spec.column_stride) != (kv.head_dim, kv.head_pad):
-            raise PlanError(f"{_where(s)} does not read heads of {kv.head_dim} values, {kv.head_pad} apart")
+            raise PlanError(f"{where(s)} does not read heads of {kv.head_dim} values, {kv.head_pad} apart")
 
 
 # --- Exchanges -------------------------------------------------------------------------------------------------------------
@@ -286,11 +276,11 @@ def _vectors_fit(plan: Plan) -> None:
         made, in_tile = _values(plan, s)
         if made and (buffers.get(s.writes, made) != made or s.tiles != ceil_div(made, in_tile)):
             raise PlanError(
-                f"{_where(s)} makes {made} values in {s.tiles} tiles of {in_tile}; {s.writes} has {buffers.get(s.writes, made)}: "
+                f"{where(s)} makes {made} values in {s.tiles} tiles of {in_tile}; {s.writes} has {buffers.get(s.writes, made)}: "
                 "some would have no writer"
             )
         if s.linear and buffers.get(s.reads[0]) != s.linear.columns:
-            raise PlanError(f"{_where(s)} reads {s.linear.columns} values; {s.reads[0]} has {buffers.get(s.reads[0])}")
+            raise PlanError(f"{where(s)} reads {s.linear.columns} values; {s.reads[0]} has {buffers.get(s.reads[0])}")
 
 
 def _exchanges_chained(plan: Plan) -> None:
@@ -300,8 +290,8 @@ def _exchanges_chained(plan: Plan) -> None:
         (name,) = s.reads
         if name != before.writes:
             if name not in written:
-                raise PlanError(f"{_where(s)} reads {name!r} before any stage of the token has written it")
-            raise PlanError(f"{_where(s)} reads {name}, but {_where(before)} has handed on {before.writes}: an exchange is missing")
+                raise PlanError(f"{where(s)} reads {name!r} before any stage of the token has written it")
+            raise PlanError(f"{where(s)} reads {name}, but {where(before)} has handed on {before.writes}: an exchange is missing")
         written.add(s.writes)
 
 
@@ -315,7 +305,7 @@ def _nothing_overwritten(plan: Plan) -> None:
         reader[s.reads[0]] = i
         if s.writes != "token" and reader.get(s.writes, -1) >= done:
             other = plan.stages[reader[s.writes]]
-            raise PlanError(f"{_where(s)} writes {s.writes} while a worker may still read it in {_where(other)}: reused too early")
+            raise PlanError(f"{where(s)} writes {s.writes} while a worker may still read it in {where(other)}: reused too early")
 
 
 def _versions_told_apart(plan: Plan) -> None:
@@ -324,7 +314,7 @@ def _versions_told_apart(plan: Plan) -> None:
     for s in plan.stages[:-2]:
         tag = 0 if s.kind == "embed" else s.layer + (s.name == "down")
         if (s.writes, tag) in seen:
-            raise PlanError(f"{_where(s)} writes {s.writes} a second time in front of layer {tag}: its readers cannot tell which")
+            raise PlanError(f"{where(s)} writes {s.writes} a second time in front of layer {tag}: its readers cannot tell which")
         seen.add((s.writes, tag))
 
 
@@ -333,9 +323,9 @@ def _moments_handed_on(plan: Plan) -> None:
     moment = {b.name: b.moment for b in plan.buffers}
     for s in plan.stages[:-1]:
         if _owns_residual(s) != bool(s.publish_gamma) or moment[s.writes] != _owns_residual(s):
-            raise PlanError(f"{_where(s)} must hand on sums of squares with {s.writes} if it owns the residual, and only then")
+            raise PlanError(f"{where(s)} must hand on sums of squares with {s.writes} if it owns the residual, and only then")
         if s.linear and s.linear.eps > 0 and not moment[s.reads[0]]:
-            raise PlanError(f"{_where(s)} norms {s.reads[0]}, which comes without sums of squares")
+            raise PlanError(f"{where(s)} norms {s.reads[0]}, which comes without sums of squares")
     owned = plan.stages[0].count
     # Where some own nothing, an owner's place is the number of its tile.
     if min(owned) == 0 and max(owned) > 1:
@@ -357,7 +347,7 @@ def _padding_owned_by_awaited(plan: Plan) -> None:
         owner = np.repeat(np.arange(len(s.count)), s.count)
         late = owner[~real & (np.array(plan.stages[0].count)[owner] == 0)]
         if len(late):
-            raise PlanError(f"{_where(s)}: worker {late[0]} owns a tile of padding and no part of the residual: nobody waits for it")
+            raise PlanError(f"{where(s)}: worker {late[0]} owns a tile of padding and no part of the residual: nobody waits for it")
 
 
 def _layers_alike(plan: Plan) -> None:
@@ -373,85 +363,4 @@ def _layers_alike(plan: Plan) -> None:
     first = [pattern(s) for s in plan.layer_stages(0)]
     for i, s in enumerate(plan.stages[len(FIRST) : -len(LAST)]):
         if pattern(s) != first[i % len(LAYER)]:
-            raise PlanError(f"{_where(s)} differs from the same stage of layer 0 in more than its weights")
-
-
-# --- Tapes -----------------------------------------------------------------------------------------------------------------
-
-
-def _chunk_bytes(g: Geometry, tiles: int) -> list[int]:
-    """What the chunks of so many tiles must hold: of each group of tiles, part after part, and what pads them."""
-
-    def scales(part: int, fragments: int) -> int:
-        """Of one tile: a row's scale of each group of columns, or one that comes last."""
-        if g.format.group == 0:
-            return (part == g.parts - 1) * g.format.group_bytes
-        return g.warps_columns * ceil_div(fragments * g.fragment_columns, g.format.group) * g.format.group_bytes
-
-    together = [min(g.chunk_tiles, tiles - first) for first in range(0, tiles, g.chunk_tiles)]
-    sizes = [
-        g.warps_columns * fragments * g.fragment_bytes + g.tile_rows * scales(part, fragments)
-        for part, fragments in enumerate(g.part_sizes())
-    ]
-    return [round_up(in_group * size, g.chunk_unit) for in_group in together for size in sizes]
-
-
-def _chunks_hold_the_tiles(plan: Plan, tape: Tape) -> None:
-    """Every worker's tape is, chunk for chunk, what its tiles need, and each stage begins where `starts` says."""
-    known: dict[tuple[int, int], np.ndarray] = {}  # (geometry, tiles) -> bytes of the chunks
-    geometries: dict[Geometry, int] = {}
-    mark = [np.zeros(n, np.int32) for n in (0, 1)]  # attention leaves a chunk without bytes, other stages leave none
-    runs: list[list[np.ndarray]] = []  # [stages][workers]
-    for s in plan.stages:
-        if s.geometry is None:
-            runs.append([mark[s.kind == "attention"]] * plan.target.workers)
-            continue
-        number = geometries.setdefault(s.geometry, len(geometries))
-        for tiles in set(s.count):
-            if (number, tiles) not in known:
-                known[number, tiles] = np.array(_chunk_bytes(s.geometry, tiles), np.int32)
-        runs.append([known[number, tiles] for tiles in s.count])
-    chunks = np.cumsum([[len(run) for run in row] for row in runs], axis=0)
-    if tape.starts.shape != (len(runs) + 1, plan.target.workers) or tape.starts[0].any():
-        raise PlanError(f"the tapes begin {len(tape.starts) - 1} stages; the plan has {len(runs)}")
-    if (tape.starts[1:] != chunks).any():
-        at, w = np.argwhere(tape.starts[1:] != chunks)[0]
-        raise PlanError(f"the tape of worker {w} ends {_where(plan.stages[at])} at chunk {tape.starts[at + 1, w]}, not {chunks[at, w]}")
-    if tape.size.shape != tape.offset.shape or tape.size.shape != (chunks[-1].max(), plan.target.workers):
-        raise PlanError(f"the tapes are truncated: they have {len(tape.size)} chunks, not {chunks[-1].max()}")
-    for w in range(plan.target.workers):
-        expected = np.concatenate([*(row[w] for row in runs), np.zeros(len(tape.size) - chunks[-1, w], np.int32)])
-        if (tape.size[:, w] != expected).any():
-            at = int((tape.size[:, w] != expected).argmax())
-            raise PlanError(f"the tape of worker {w}: chunk {at} has {tape.size[at, w]} bytes, not {expected[at]}")
-
-
-def _in_order(first: np.ndarray, units: np.ndarray) -> bool:
-    """Whether each chunk ends before the next one begins."""
-    for at in range(0, len(first) - 1, STRIDE):
-        piece = first[at : at + STRIDE + 1]
-        if (np.diff(piece) < units[at : at + len(piece) - 1]).any():
-            return False
-    return True
-
-
-def _chunks_apart(plan: Plan, tape: Tape) -> None:
-    """No two chunks overlap, and all lie inside the arena, whose units 32 bits can count."""
-    unit = plan.target.chunk_unit
-    if tape.unit != unit:
-        raise PlanError(f"the tapes count units of {tape.unit} bytes; those of {plan.target.name} have {unit}")
-    by_worker = plan.target.kind == "cpu"  # in memory, chunks are expected in the order of a worker, else chunk i of all workers
-    first = (tape.offset.T if by_worker else tape.offset).reshape(-1)
-    units = (tape.size.T if by_worker else tape.size).reshape(-1) // unit
-    if not _in_order(first, units):
-        place = np.flatnonzero(units)
-        place = place[np.argsort(first[place], kind="stable")]
-        first, units = first[place], units[place]
-        overlap = first[1:] < first[:-1] + units[:-1]
-        if overlap.any():
-            at = int(place[1 + overlap.argmax()])
-            chunk, w = divmod(at, len(tape.size))[::-1] if by_worker else divmod(at, plan.target.workers)
-            raise PlanError(f"the tape of worker {w}: chunk {chunk} overlaps another one")
-    end = int(first[-1] + units[-1]) * unit
-    if first[0] < 0 or end > tape.nbytes or tape.nbytes > unit << 32:
-        raise PlanError(f"the tapes take bytes {int(first[0]) * unit} to {end} of an arena of {tape.nbytes}, at most {unit << 32}")
+            raise PlanError(f"{where(s)} differs from the same stage of layer 0 in more than its weights")

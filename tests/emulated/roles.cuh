@@ -26,6 +26,9 @@ struct uint2 {
 struct float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 constexpr u32 kAllLanes = ~0u;
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
@@ -108,8 +111,6 @@ template <class T>
 T __shfl_sync(u32, T v, u32 lane) { return of_lane(v, lane); }
 template <class T>
 T __shfl_xor_sync(u32, T v, u32 mask) { return of_lane(v, thread->lane ^ mask); }
-template <class T>
-T __shfl_up_sync(u32, T v, u32 by) { return of_lane(v, thread->lane < by ? thread->lane : thread->lane - by); }
 inline u32 __ballot_sync(u32, bool vote) {
   const u64* votes = all_lanes(vote);
   u32 all = 0;
@@ -128,6 +129,15 @@ inline u32 __reduce_add_sync(u32, u32 v) {
   for (u32 i = 0; i < 32; i++) v += u32(values[i]);
   return v;
 }
+inline u32 __reduce_max_sync(u32, u32 v) {
+  const u64* values = all_lanes(v);
+  for (u32 i = 0; i < 32; i++) v = v > u32(values[i]) ? v : u32(values[i]);
+  return v;
+}
+inline float warp_sum(float x) {
+  for (u32 o = 16; o; o /= 2) x += __shfl_xor_sync(kAllLanes, x, o);
+  return x;
+}
 inline void __syncwarp() { all_lanes(0); }
 
 // ---- the prelude ----
@@ -142,7 +152,8 @@ inline u32 __float_as_uint(float x) { return bits<u32>(x); }
 inline float __uint_as_float(u32 x) { return bits<float>(x); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline u32 __umulhi(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
-inline int __ffs(u32 x) { return __builtin_ffs(int(x)); }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline float exp2_approx(float x) { return __builtin_exp2f(x); }
 inline float max_nan(float a, float b) { return a != a || b != b ? bits<float>(0x7fffffffu) : a > b ? a : b; }
 
 inline u8* shared_memory(u32 at, u32 size) {
@@ -163,9 +174,6 @@ inline float load_shared_float(u32 at) { return bits<float>(load_shared(at)); }
 inline void store_shared(u32 at, u32 v) { std::memcpy(shared_memory(at, 4), &v, 4); }
 inline void store_shared_float(u32 at, float v) { store_shared(at, bits<u32>(v)); }
 inline void store_shared_release(u32 at, u32 v) { store_shared(at, v); }
-inline void add_shared(u32 at, u32 v) { store_shared(at, load_shared(at) + v); }
-inline void add_global(u32* p, u32 v) { *p += v; }
-inline void add_global(u64* p, u64 v) { *p += v; }
 inline u32 load_volatile(const u32* p) { return yield(), *p; }
 inline void store_host(u64* p, u64 v) { *p = v; }
 inline void fence_device() {}
@@ -184,13 +192,15 @@ inline u64 load_word(const u64* p) { return yield(), *p; }
 inline void load_words(const u64* p, u64& a, u64& b) { yield(), a = p[0], b = p[1]; }
 inline void store_words(u64* p, u32 a, u32 b, u32 tag) { yield(), p[0] = join(a, tag), p[1] = join(b, tag); }
 
+inline u32 rounds;  // in which all blocks met: looks of the first block's first warp
+
 struct Watch {};
 struct Wait {
   bool expired(Watch) { return false; }
 };
 template <class M>
 struct Looks {
-  explicit Looks(u32) {}
+  explicit Looks(u32) { rounds += thread->block + thread->warp + thread->lane == 0; }
   bool again(Watch) { return true; }
   bool found(bool here, u32) { return __ballot_sync(kAllLanes, here) == kAllLanes; }
 };

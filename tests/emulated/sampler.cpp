@@ -6,8 +6,9 @@ struct Model {
   static constexpr int kFinishers = FINISHERS, kFreeBytes = FREE_BYTES, kHeadTiles = 0;
 };
 struct Stage {
-  static constexpr u32 kWhere = 0, kMostRounds = 9, kHistogramWords = HISTOGRAM_WORDS;
-  static constexpr int kOutput = 0, kRounds = 4 * WORKERS;
+  static constexpr u32 kWhere = 0, kRoundTags = ROUND_TAGS;
+  static constexpr int kPartWords = PART_WORDS;
+  static constexpr int kOutput = 0, kRounds = 4 * WORKERS, kLists = 4 * (1 + PART_WORDS) * WORKERS, kWords = kLists + LIST_WORDS;
 };
 
 static void finish(const Params& p, const float* logits) {
@@ -28,9 +29,9 @@ static void finish(const Params& p, const float* logits) {
 }
 
 // logits [steps - forced_count + 1][VOCAB]; `tokens` get (token, run). Blocks take turns in an order drawn from `order`.
-// False: it did not end.
-extern "C" bool emulate(const Sampling* sampling, const float* logits, u32 steps, u32 forced_count, u32 position, u64* tokens, u32 order) {
-  std::vector<u64> exchange((4 + 2 * Stage::kMostRounds) * WORKERS, 0);
+// The number of rounds of all tokens; -1: it did not end.
+extern "C" int emulate(const Sampling* sampling, const float* logits, u32 steps, u32 forced_count, u32 position, u64* tokens, u32 order) {
+  std::vector<u64> exchange(Stage::kWords, 0);
   std::vector<u32> forced(forced_count, 0);
   u32 cancel = 0, status[2] = {0, 0};
   Params p{};
@@ -61,6 +62,7 @@ extern "C" bool emulate(const Sampling* sampling, const float* logits, u32 steps
     prepare(t);
   }
   u32 running = threads.size();
+  rounds = 0;
   for (u32 turn = 0; running && turn < 50'000'000; turn++) {
     order = order * 1664525 + 1013904223;
     const u32 block = (order >> 16) % WORKERS;
@@ -70,5 +72,5 @@ extern "C" bool emulate(const Sampling* sampling, const float* logits, u32 steps
       running -= threads[i].done;
     }
   }
-  return running == 0;
+  return running == 0 ? int(rounds) : -1;
 }

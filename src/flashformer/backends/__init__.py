@@ -1,13 +1,18 @@
-"""A backend turns a plan and a checkpoint into a `Runner`: one call is one launch of the whole-model kernel."""
+"""A backend turns a plan and a checkpoint into a `Runner`: the whole-model kernel, ready to be launched.
+
+A launch takes a list of `Turn`s, each a sequence's part of it, and makes tokens for all of them. Sequences have *slots* of the KV cache;
+a pass of the kernel carries up to `Runner.columns` token positions of any of them, and no bit of one depends on the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from ..errors import ScoreError
 from .sampling import Sampling, Scores
 
 GREEDY = Sampling()
@@ -28,18 +33,74 @@ class RunStats:
     generated_tokens: int = 0
     generate_seconds: float = 0.0  # from the first generated token to the last: generated_tokens - 1 steps
     bytes_read: int = 0  # weights and KV cache read by those steps
+    drafted: int = 0  # tokens that speculation guessed
+    accepted: int = 0  # of those, how many the model chose, too
+    speedup: float = 1.0  # of speculation: by its passes' cost and tokens, against passes without it; see speculate.py
+
+
+@dataclass(eq=False)
+class Turn:
+    """A sequence's part of a launch: `tokens` at positions start, start + 1, ... of its slot, then up to `count` of the model's own.
+
+    The last `drafts` of the tokens are guesses, of which at least one other token precedes. Each is compared with the token that the
+    model chooses in its place: what is chosen is made, and the first guess that differs ends the turn. A token of `stop` is made, too,
+    and ends it.
+    """
+
+    slot: int
+    tokens: Sequence[int]
+    start: int
+    count: int
+    stop: Collection[int] = ()
+    sampling: Sampling = GREEDY
+    drafts: int = 0
+    fed: int = 0  # after the launch: how many positions from start on are in the KV cache for certain
+    flag: np.ndarray = field(default_factory=lambda: np.zeros(1, np.uint32))  # the kernel looks at it before each pass
+
+    def cancel(self) -> None:
+        """End the turn with its present token; from any thread, also while it runs."""
+        self.flag[0] = 1
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return bool(self.flag[0])
+
+
+@dataclass(frozen=True)
+class Made:
+    """A token that a launch has made, or the error that ended a turn in its place."""
+
+    turn: int  # its number in the list
+    token: int
+    seconds: float  # from the start of the launch
+    scores: Scores | None = None  # if its sampling asks for them
+    error: ScoreError | None = None
 
 
 class Runner(Protocol):
-    """A model in memory, ready to run. Positions before `start` must have been computed by earlier calls on this runner."""
+    """A model in memory, ready to run. Positions before a start must have been computed by earlier calls, in the same slot."""
 
-    stats: RunStats
+    stats: RunStats  # of the last `generate`
+    columns: int  # token positions of a pass, at most
+    slots: int
+
+    def run(self, turns: Sequence[Turn]) -> Generator[Made, None, None]:
+        """One launch: the tokens of all turns, each as it is made. Closing the iterator early ends all of them.
+
+        What is wrong with one turn's scores ends that turn alone. Raises DeviceError where the kernel fails, or the turns do not fit:
+        their slots must differ.
+        """
+        ...
+
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """The first `positions` of one slot become those of another. Only while nothing runs."""
+        ...
 
     def generate(
         self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
     ) -> Generator[int, None, None]:
-        """Feed `tokens` (at least one) at positions start, start + 1, ...; then yield up to `count` tokens as they are made,
-        chosen as `sampling` says. A token of `stop` is yielded too and ends the launch. Closing the iterator early stops the kernel.
+        """A launch of one turn, in slot 0: its tokens as they are made. Closing the iterator early stops the kernel.
 
         Raises DeviceError where logits are not finite or no token is allowed, naming the position."""
         ...
@@ -48,7 +109,7 @@ class Runner(Protocol):
         """Log probabilities of the token that the present or last `generate` yielded as number `index`, if its sampling asked for them."""
         ...
 
-    def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
+    def logits(self, tokens: Sequence[int], start: int, slot: int = 0) -> np.ndarray:
         """Teacher-forced logits, float32 [len(tokens), vocab_size]."""
         ...
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import DeviceError
+from ..errors import ScoreError
 from .source import Field, ctypes_fields
 
 MAX_LOGPROBS = 20  # alternatives of a token at most, kMostReported in sampling.hpp
@@ -23,11 +23,9 @@ PROMPT_BIT = 1 << 31  # of a word of `Sampling.seen`, kPromptBit
 SAMPLING: tuple[Field, ...] = (
     ("bias", "const float*", ctypes.c_uint64, "[vocab] added to the logits (kBiased)"),
     ("seen", "u32*", ctypes.c_uint64, "[vocab] kPromptBit | how often it was generated (kPenalised)"),
-    ("raw", "float*", ctypes.c_uint64, "[vocab] logits as the model gives them, on a GPU for two tokens (kReported)"),
-    ("scores", "float*", ctypes.c_uint64, "[vocab] logits after bias and penalties"),
+    ("raw", "float*", ctypes.c_uint64, "[vocab] logits as the model gives them (kReported)"),
+    ("scores", "float*", ctypes.c_uint64, "[vocab] logits after bias and penalties; GPU: [vocab] (logit, score) (kSelected)"),
     ("report", "u64*", ctypes.c_uint64, "host: [tokens][kReportWords] (kReported)"),
-    ("histograms", "u32*", ctypes.c_uint64, "GPU: of the selection (kSelected), zeroed before the launch; see select.cuh"),
-    ("summaries", "u64*", ctypes.c_uint64, "GPU: [workers][1 + kMostReported] of the report (kReported)"),
     ("seed", "u64", ctypes.c_uint64, ""),
     ("flags", "u32", ctypes.c_uint32, "of SamplingFlag"),
     ("top_k", "u32", ctypes.c_uint32, ""),
@@ -123,12 +121,19 @@ def read_report(words: np.ndarray, alternatives: int) -> Scores:
 
 
 def checked_token(token: int, position: int) -> int:
-    """The token that was made at `position`. Raises DeviceError for what stands in its place where none could be chosen."""
+    """The token that was made at `position`. Raises ScoreError for what stands in its place where none could be chosen."""
+    if error := token_error(token, position):
+        raise error
+    return token
+
+
+def token_error(token: int, position: int) -> ScoreError | None:
+    """What is wrong where no token could be chosen at `position`; None if it is a token."""
     if token == NOT_FINITE:
-        raise DeviceError(
+        return ScoreError(
             f"the model's scores for position {position} are not finite (NaN or infinite), so there is no token to choose: "
             "its weights are damaged, or its values exceed the range of their type"
         )
     if token == NONE_ALLOWED:
-        raise DeviceError(f"at position {position} no token is allowed: all have the score minus infinity; see logit_bias")
-    return token
+        return ScoreError(f"at position {position} no token is allowed: all have the score minus infinity; see logit_bias")
+    return None

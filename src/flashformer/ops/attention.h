@@ -1,4 +1,7 @@
-// Attention of one token: kv heads x blocks of the KV cache are cut into equal runs, one a worker; `Combine` joins the parts.
+// Attention, column by column: kv heads x blocks of the KV cache are cut into equal runs, one a worker; `Combine` joins the parts.
+//
+// The owner of a head's last block appends the column's key and value to it. Where columns of one sequence follow each other, `Append`
+// is a stage of its own, so that all of them see those before.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -24,9 +27,65 @@ struct Share {
 
 // Partial results: [workers][kPieces][kSplits * kQueries heads][kHeadPad outputs, then maximum and sum].
 template <class M, class S>
-inline float* partial(const Worker<M>& w, u64 worker, u64 piece) {
-  return w.values(S::kOutput) + (worker * M::kPieces + piece) * M::kSplits * M::kQueries * M::kPartial;
+inline float* partial(const Worker<M>& w, u32 column, u64 worker, u64 piece) {
+  return w.values(column, S::kOutput) + (worker * M::kPieces + piece) * M::kSplits * M::kQueries * M::kPartial;
 }
+
+// Heads as attention takes them: normed, rotated, in the basis of the cache.
+template <class M, class S>
+struct Heads {
+  using Kv = KvBlock<M>;
+
+  // The query heads of a kv head, scaled for powers of two; those that only fill up the last split are zero.
+  static void read_queries(const Worker<M>& w, u32 column, u32 layer, u32 head, float* query) {
+    const float* from = w.values(column, S::kInput) + head * M::kGroup * M::kHeadPad;
+    for (int g = 0; g < M::kSplits * M::kQueries; g++, query += M::kHeadPad, from += M::kHeadPad) {
+      std::memset(query, 0, M::kHeadPad * sizeof(float));
+      if (g >= M::kGroup) continue;
+      std::memcpy(query, from, M::kHeadDim * sizeof(float));
+      turn(w, column, query, w.layer_vectors(layer) + M::kQueryNorm);
+      Kv::mix(query, 1.0f / M::kKvMixed);
+      for (int d = 0; d < M::kHeadDim; d++) query[d] *= M::kScoreScale;
+    }
+  }
+
+  // Key and value of a column's position go into the cache.
+  static void append(const Worker<M>& w, u32 column, u32 layer, u32 head) {
+    const Column& c = w.pass().columns[column];
+    u8* block = w.kv_block(c.slot, layer, head, c.position / kBlockPositions);
+    const int at = c.position % kBlockPositions;
+    const float* from = w.values(column, S::kInput) + (M::kHeads + head) * M::kHeadPad;
+    float* key = w.scratch();
+    std::memcpy(key, from, M::kHeadDim * sizeof(float));
+    turn(w, column, key, w.layer_vectors(layer) + M::kKeyNorm);
+    Kv::mix(key);
+    Kv::put_key(block, at, key);
+    Kv::put_value(block, at, from + M::kKvHeads * M::kHeadPad);
+  }
+
+ private:
+  // q/k norm and rotation of one head, in place.
+  static void turn(const Worker<M>& w, u32 column, float* head, const float* gamma) {
+    if (M::kHeadNorm) {
+      float squares = 0;
+      for (int d = 0; d < M::kHeadDim; d++) squares += head[d] * head[d];
+      const float scale = 1.0f / std::sqrt(squares / float(M::kHeadDim) + M::kHeadEps);
+      for (int d = 0; d < M::kHeadDim; d++) head[d] *= scale * gamma[d];
+    }
+    rope(head, w.turns(w.pass().columns[column].position), M::kHeadDim);
+  }
+};
+
+// NOTE: a head's columns are appended in order, by one worker: what is written at an even position clears the place of the next.
+template <class M, class S>
+struct Append {
+  using Stage = S;
+
+  static void run(Worker<M>& w, u32 layer) {
+    for (u32 head = w.index; head < u32(M::kKvHeads); head += M::kWorkers)
+      for (u32 column = 0; column < w.pass().count; column++) Heads<M, S>::append(w, column, layer, head);
+  }
+};
 
 template <class M, class S>
 struct Attention {
@@ -38,62 +97,30 @@ struct Attention {
   static constexpr int kColumns = M::kHeadPad / kHalf;
 
   static void run(Worker<M>& w, u32 layer) {
-    const Share<M> share(w.position);
+    for (u32 column = 0; column < w.pass().count; column++) run(w, column, layer);
+  }
+
+ private:
+  static void run(Worker<M>& w, u32 column, u32 layer) {
+    const Share<M> share(w.pass().columns[column].position);
     const u64 end = share.begin(w.index + 1);
     u64 count;
     for (u64 unit = share.begin(w.index); unit < end; unit += count) {
       const u32 head = u32(unit / share.blocks), first = u32(unit % share.blocks);
       count = std::min(end - unit, share.blocks - first);
       const u32 last = first + u32(count);
-      if (last == share.blocks) append(w, layer, head);
+      if (last == share.blocks && !w.pass().chained) Heads<M, S>::append(w, column, layer, head);
       float* query = w.scratch();
-      read_queries(w, layer, head, query);
-      float* out = partial<M, S>(w, w.index, head - share.first_head(w.index));
+      Heads<M, S>::read_queries(w, column, layer, head, query);
+      float* out = partial<M, S>(w, column, w.index, head - share.first_head(w.index));
       for (int split = 0; split < M::kSplits; split++)
-        attend(w, layer, head, first, last, query + split * kQ * M::kHeadPad, out + split * kQ * M::kPartial);
+        attend(w, column, layer, head, first, last, query + split * kQ * M::kHeadPad, out + split * kQ * M::kPartial);
     }
-  }
-
- private:
-  // q/k norm and rotation of one head, in place.
-  static void turn(const Worker<M>& w, float* head, const float* gamma) {
-    if (M::kHeadNorm) {
-      float squares = 0;
-      for (int d = 0; d < M::kHeadDim; d++) squares += head[d] * head[d];
-      const float scale = 1.0f / std::sqrt(squares / float(M::kHeadDim) + M::kHeadEps);
-      for (int d = 0; d < M::kHeadDim; d++) head[d] *= scale * gamma[d];
-    }
-    rope(head, w.turns(), M::kHeadDim);
-  }
-
-  // The query heads of a kv head, scaled for powers of two; those that only fill up the last split are zero.
-  static void read_queries(const Worker<M>& w, u32 layer, u32 head, float* query) {
-    const float* from = w.values(S::kInput) + head * M::kGroup * M::kHeadPad;
-    for (int g = 0; g < M::kSplits * kQ; g++, query += M::kHeadPad, from += M::kHeadPad) {
-      std::memset(query, 0, M::kHeadPad * sizeof(float));
-      if (g >= M::kGroup) continue;
-      std::memcpy(query, from, M::kHeadDim * sizeof(float));
-      turn(w, query, w.layer_vectors(layer) + M::kQueryNorm);
-      Kv::mix(query, 1.0f / M::kKvMixed);
-      for (int d = 0; d < M::kHeadDim; d++) query[d] *= M::kScoreScale;
-    }
-  }
-
-  // Key and value of the present position go into the cache.
-  static void append(const Worker<M>& w, u32 layer, u32 head) {
-    u8* block = w.kv_block(layer, head, w.position / kBlockPositions);
-    const int at = w.position % kBlockPositions;
-    const float* from = w.values(S::kInput) + (M::kHeads + head) * M::kHeadPad;
-    float* key = w.scratch();
-    std::memcpy(key, from, M::kHeadDim * sizeof(float));
-    turn(w, key, w.layer_vectors(layer) + M::kKeyNorm);
-    Kv::mix(key);
-    Kv::put_key(block, at, key);
-    Kv::put_value(block, at, from + M::kKvHeads * M::kHeadPad);
   }
 
   // Softmax over the positions of blocks [first, last) as far as they exist, and the sum of their values, for kQ heads.
-  static void attend(const Worker<M>& w, u32 layer, u32 head, u32 first, u32 last, const float* query, float* out) {
+  static void attend(const Worker<M>& w, u32 column, u32 layer, u32 head, u32 first, u32 last, const float* query, float* out) {
+    const Column& c = w.pass().columns[column];
     alignas(64) float scores[kQ][kChunk];
     for (int g = 0; g < kQ; g++) {
       std::memset(out + g * M::kPartial, 0, M::kHeadPad * sizeof(float));
@@ -102,16 +129,16 @@ struct Attention {
     }
     for (u32 chunk = first; chunk < last; chunk += kChunkBlocks) {
       const u32 end = std::min(chunk + kChunkBlocks, last);
-      const int positions = int(std::min(end * kBlockPositions, w.position + 1) - chunk * kBlockPositions);
-      const u8* blocks = w.kv_block(layer, head, chunk);
+      const int positions = int(std::min(end * kBlockPositions, c.position + 1) - chunk * kBlockPositions);
+      const u8* blocks = w.kv_block(c.slot, layer, head, chunk);
       for (u32 block = 0; block < end - chunk; block++) score(scores, block * kBlockPositions, query, blocks + block * M::kKvBlockBytes);
       for (int g = 0; g < kQ; g++) {
         each_block(positions, blocks, [&](int at, int count, const u8* block) { Kv::scale_keys(scores[g] + at, count, block); });
         weigh(scores[g], positions, out + g * M::kPartial);
         each_block(positions, blocks, [&](int at, int count, const u8* block) { Kv::scale_values(scores[g] + at, count, block); });
       }
-      for (int c = 0; c < kColumns; c++)
-        for (int i = 0; i < kHalf; i += kStep) gather(out + c * kHalf + i, scores, positions, blocks, c, i);
+      for (int part = 0; part < kColumns; part++)
+        for (int i = 0; i < kHalf; i += kStep) gather(out + part * kHalf + i, scores, positions, blocks, part, i);
     }
   }
 
@@ -189,7 +216,12 @@ struct Combine {
   using Stage = S;
 
   static void run(Worker<M>& w, u32) {
-    const Share<M> share(w.position);
+    for (u32 column = 0; column < w.pass().count; column++) join(w, column);
+  }
+
+ private:
+  static void join(Worker<M>& w, u32 column) {
+    const Share<M> share(w.pass().columns[column].position);
     const Range own = w.range(S::kRange);
     for (u32 tile = own.first; tile < own.first + own.count; tile++) {
       const u32 row = tile * kTileRows, head = row / M::kHeadPad, d = row % M::kHeadPad;
@@ -198,14 +230,14 @@ struct Combine {
       float largest = -std::numeric_limits<float>::infinity(), total = 0, out[kTileRows] = {};
       for (u64 p = begin; p < end; p++) {
         if (share.begin(p) == share.begin(p + 1)) continue;  // more workers than units
-        const float* part = partial<M, typename S::Source>(w, p, kv_head - share.first_head(p)) + head % M::kGroup * M::kPartial;
+        const float* part = partial<M, typename S::Source>(w, column, p, kv_head - share.first_head(p)) + head % M::kGroup * M::kPartial;
         const float maximum = part[M::kHeadPad], now = maximum > largest ? maximum : largest;
         const float before = exp2_fast(largest - now), scale = exp2_fast(maximum - now);
         total = total * before + part[M::kHeadPad + 1] * scale;
         for (int r = 0; r < kTileRows; r++) out[r] = out[r] * before + part[d + r] * scale;
         largest = now;
       }
-      float* to = w.values(S::kOutput) + row;
+      float* to = w.values(column, S::kOutput) + row;
       for (int r = 0; r < kTileRows; r++) to[r] = out[r] / total;
     }
   }

@@ -256,19 +256,19 @@ struct Linear {
   static FF_DEVICE void add_parts(Consumer<M>& c, Product& product, const typename Product::X& operand, u32 tiles, u32 groups, u32 group) {
     if constexpr (part < S::kParts) {
       constexpr int kSize = part_size(S::kFragments, S::kParts, part);
-      Loaded<S, kSize> now;
-      load<part>(c, now, tiles, groups, group);
-      product.template add<first, part + 1 == S::kParts>(now, operand, c.lane);
+      Loaded<S, kSize, part + 1 == S::kParts> now;
+      load(c, now, tiles, groups, group);
+      product.template add<first>(now, operand, c.lane);
       add_parts<part + 1, first + kSize>(c, product, operand, tiles, groups, group);
     }
   }
   // A part of a group, as soon as its chunk has landed.
-  template <int part, int size>
-  static FF_DEVICE void load(Consumer<M>& c, Loaded<S, size>& to, u32 tiles, u32 groups, u32 group) {
+  template <int size, bool kLast>
+  static FF_DEVICE void load(Consumer<M>& c, Loaded<S, size, kLast>& to, u32 tiles, u32 groups, u32 group) {
     constexpr u32 kChunkTiles = S::kStack * S::kWarpsRows;
     const u32 at = group % S::kStack, left = tiles - group / S::kStack * kChunkTiles;
     if (at == 0) c.acquire();
-    to.template load<part + 1 == S::kParts>(c.chunk_address(), left < kChunkTiles ? left : kChunkTiles, at * kConsumers + c.warp, c.lane);
+    to.load(c.chunk_address(), left < kChunkTiles ? left : kChunkTiles, at * kConsumers + c.warp, c.lane);
     if (at + 1 == S::kStack || group + 1 == groups) c.release();
   }
 

@@ -1,148 +1,98 @@
-// Log probabilities of a token and of the most likely ones, by the softmax of the logits as the model gives them. Each block sums the
-// mass of its tokens and lists those that may be among the best of all; the first block merges the lists once the token is chosen.
+// Log probabilities of a token and of the most likely ones, by the softmax of the logits as the model gives them. The sum of all comes
+// with the blocks' first round. The n most likely tokens: of the block whose best one is the r-th best (from 0) at most the best
+// n - r are among them, so that few blocks list few tokens each, from which the first block takes the best.
 #pragma once
-#include "select.cuh"
-
-// NOTE: two copies by parity: others may write the next token's while the first block still reads this one's.
-template <class M>
-FF_DEVICE float* raw_logits(const Sampling& s, u32 step) {
-  return s.raw + (step & 1) * M::kVocab;
-}
+#include "rounds.cuh"
 
 template <class M, class S>
 struct Report {
-  using At = Meeting<M, S>;
-  static constexpr u32 kSummary = 1 + kMostReported;  // words of a block: mass, then its list, ended by kNothing where it is shorter
+  using At = Rounds<M, S>;
 
-  // The order of the largest of all blocks' `best`. Where a report is wanted, this block's part of it is made.
-  static FF_DEVICE u32 begin(Finisher<M>& f, u32 step) {
+  // For one finisher, after the first round, which found `all`: list this block's tokens that may be among the most likely ones.
+  static FF_DEVICE void begin(const Finisher<M>& f, u32 step, const Part& all) {
     const Sampling& s = f.p.sampling;
-    const u32 notes = f.shared + At::kNotes;
-    u32 largest = order_of(f.best), likeliest = ~0u;
-    const float* raw = raw_logits<M>(s, step);
-    if (s.flags & kReported) shared_rows(f).each(raw, [&](u32, float x) { likeliest = min(likeliest, order_of(x)); });
-    largest = __reduce_min_sync(kAllLanes, largest);
-    likeliest = __reduce_min_sync(kAllLanes, likeliest);
-    if (f.lane == 0) tell(notes + f.index * 8, largest, likeliest);
-    f.sync();
-    u32 at_least = 0;  // the best of all are no worse
-    if (f.index == 0) {
-#pragma unroll
-      for (int i = 1; i < M::kFinishers; i++) {
-        const uint2 other = load_shared2(notes + i * 8);
-        largest = min(largest, other.x);
-        likeliest = min(likeliest, other.y);
-      }
-      u32 all[At::kWords][2];
-      At::template exchange<false>(f, step, 0, largest, likeliest, all);
-#pragma unroll
-      for (int i = 0; i < At::kWords; i++) {
-        largest = min(largest, all[i][0]);
-        likeliest = min(likeliest, all[i][1]);
-      }
-      largest = __reduce_min_sync(kAllLanes, largest);
-      likeliest = __reduce_min_sync(kAllLanes, likeliest);
-      if (s.flags & kReported) at_least = nth_smallest(all, s.reported);
-      if (f.lane == 0) tell(notes + M::kFinishers * 8, largest, likeliest);
+    if (f.lane == 0) {
+      store_shared_float(f.shared + At::kSoftmax, logit_of(all.count[1]));
+      store_shared_float(f.shared + At::kSoftmax + 4, all.sum());
     }
-    f.sync();
-    const uint2 found = load_shared2(notes + M::kFinishers * 8);
-    if (s.flags & kReported) {
-      u64 total = 0;
-      shared_rows(f).each(raw, [&](u32, float x) { total += mass((logit_of(found.y) - x) * kLog2E); });
-#pragma unroll
-      for (int o = 16; o; o >>= 1) total += __shfl_xor_sync(kAllLanes, total, o);
-      if (f.lane == 0) tell(notes + f.index * 8, (u32)total, (u32)(total >> 32));
-      f.sync();
-      if (f.index == 0) list(f, raw, at_least);
+    __syncwarp();
+    const u32 mine = load_shared(f.shared + At::kBest + blockIdx.x * 8 + 4);
+    u32 rank = 0;
+    for (u32 block = f.lane; block < M::kWorkers; block += 32) {
+      const u32 other = load_shared(f.shared + At::kBest + block * 8 + 4);
+      rank += other < mine || (other == mine && block < blockIdx.x) ? 1 : 0;
     }
-    return found.x;
+    rank = __reduce_add_sync(kAllLanes, rank);
+    if (rank >= s.reported) return;
+    const u32 at_least = At::nth_best(f, 1, s.reported), most = s.reported - rank;
+    u64 entry = kNothing, from = 0;  // lane l: the l-th
+#pragma unroll 1
+    for (u32 place = 0; place < most; place++) {
+      u64 best = kNothing;
+      each_row<32, 1, 1>(f, f.lane, s.raw, [&](u32 row, float x) {
+        const u64 candidate = ranked(x, row);
+        if ((u32)(candidate >> 32) <= at_least && candidate >= from) best = min(best, candidate);
+      });
+      best = warp_min(best);
+      if (best == kNothing) break;
+      if (f.lane == place) entry = best;
+      from = best + 1;
+    }
+    if (f.lane < most) store_words(lists(f) + 2 * (f.lane * width(s) + rank), (u32)entry, (u32)(entry >> 32), epoch(f, step));
   }
 
-  // The first block tells the host of the token of this step, which is `chosen`. All blocks have published their candidates for it.
-  static FF_DEVICE void send(const Finisher<M>& f, u32 step, u32 chosen) {
+  // For one finisher of each block: the token of this step is `chosen`. The host is told by the block that has its row, and by the first.
+  static FF_DEVICE void send(const Finisher<M>& f, u32 step, u32 chosen, bool own) {
     const Sampling& s = f.p.sampling;
     u64* report = s.report + (u64)(step + 1 - f.p.forced_count) * kReportWords;
-    u64 total = 0, next[At::kWords];  // of the lists of blocks lane, lane + 32, ...: the first that is not in the report
-    u64 taken = 0;                    // how many are, 5 bits a list
-    static_assert(At::kWords * 5 <= 64 && kMostReported < 32, "cursors do not fit");
-#pragma unroll
-    for (int i = 0; i < At::kWords; i++) {
-      const u32 block = f.lane + i * 32;
-      total += block < M::kWorkers ? load_word(summary(s, block)) : 0;
-      next[i] = block < M::kWorkers && s.reported ? load_word(summary(s, block) + 1) : kNothing;
-    }
-#pragma unroll
-    for (int o = 16; o; o >>= 1) total += __shfl_xor_sync(kAllLanes, total, o);
+    const float likeliest = load_shared_float(f.shared + At::kSoftmax), sum = load_shared_float(f.shared + At::kSoftmax + 4);
+    if (own && f.lane == 0) store_host(report + 1, join(float_bits(s.raw[chosen]), float_bits(likeliest)));
+    if (blockIdx.x != 0) return;
+    if (f.lane == 0) store_host(report, (u64)(sum * (float)(1ull << kMassBits)));
+    const u32 count = gather(f, step);
 #pragma unroll 1
-    for (u32 place = 0; place < s.reported; place++) {
-      u64 best = next[0];
-#pragma unroll
-      for (int i = 1; i < At::kWords; i++) best = min(best, next[i]);
-      best = warp_min(best);
-      if (f.lane == 0) store_host(report + 2 + place, best);
-#pragma unroll
-      for (int i = 0; i < At::kWords; i++)
-        if (next[i] == best) {
-          taken += 1ull << 5 * i;
-          const u32 at = taken >> 5 * i & 31;
-          next[i] = at < s.reported ? load_word(summary(s, f.lane + i * 32) + 1 + at) : kNothing;
-        }
-    }
-    if (f.lane == 0) {
-      const u32 likeliest = load_shared(f.shared + At::kNotes + M::kFinishers * 8 + 4);
-      store_host(report, total);
-      store_host(report + 1, join(load_volatile((const u32*)raw_logits<M>(s, step) + chosen), float_bits(logit_of(likeliest))));
+    for (u32 i = f.lane; i < count; i += 32) {
+      const u64 entry = listed(f, i);
+      u32 place = 0;
+#pragma unroll 1
+      for (u32 k = 0; k < count; k++) place += listed(f, k) < entry ? 1 : 0;
+      if (place < s.reported) store_host(report + 2 + place, entry);
     }
   }
 
  private:
-  static FF_DEVICE u64* summary(const Sampling& s, u32 block) { return s.summaries + block * kSummary; }
-  static FF_DEVICE void tell(u32 at, u32 a, u32 b) {
-    store_shared(at, a);
-    store_shared(at + 4, b);
-  }
-  static FF_DEVICE u64 warp_min(u64 x) {
-    const u32 high = __reduce_min_sync(kAllLanes, (u32)(x >> 32));
-    return join(__reduce_min_sync(kAllLanes, (u32)(x >> 32) == high ? (u32)x : ~0u), high);
+  static FF_DEVICE u32 epoch(const Finisher<M>& f, u32 step) { return f.p.epoch + Block<M>::fresh(step); }
+  // [place in its list][width: rank of its block]
+  static FF_DEVICE u64* lists(const Finisher<M>& f) { return f.words(S::kLists); }
+  static FF_DEVICE u32 width(const Sampling& s) { return min(s.reported, M::kWorkers); }
+  static FF_DEVICE u64 listed(const Finisher<M>& f, u32 i) {
+    const uint2 v = load_shared2(f.shared + At::kList + i * 8);
+    return join(v.x, v.y);
   }
 
-  // The n-th smallest of all blocks' second words, ~0 if there are fewer: bit by bit.
-  static FF_DEVICE u32 nth_smallest(const u32 (&all)[At::kWords][2], u32 n) {
-    u32 value = 0;
+  // All that is listed, into shared memory; how many there are.
+  static FF_DEVICE u32 gather(const Finisher<M>& f, u32 step) {
+    const u32 n = f.p.sampling.reported, ranks = width(f.p.sampling), tag = epoch(f, step);
+    Wait wait;
+    u32 count = 0;
 #pragma unroll 1
-    for (u32 bit = 1u << 31; bit; bit >>= 1) {
-      u32 below = 0;
-#pragma unroll
-      for (int i = 0; i < At::kWords; i++) below += all[i][1] < (value | bit) ? 1 : 0;
-      if (__reduce_add_sync(kAllLanes, below) < n) value |= bit;
+    for (u32 first = 0; first < n * ranks; first += 32) {
+      const u32 at = first + f.lane, place = at / ranks;
+      u64 a = join(~0u, tag), b = a;
+      if (place + at % ranks < n)
+        do load_words(lists(f) + 2 * at, a, b);
+        while ((split(a).tag != tag || split(b).tag != tag) && !wait.expired(f.watch));
+      __syncwarp();
+      const u32 low = split(a).value, high = split(b).value, there = __ballot_sync(kAllLanes, join(low, high) != kNothing);
+      if (there == 0) break;  // the lists have ended
+      if (there >> f.lane & 1) {
+        const u32 to = f.shared + At::kList + (count + __popc(there & ((1u << f.lane) - 1))) * 8;
+        store_shared(to, low);
+        store_shared(to + 4, high);
+      }
+      count += __popc(there);
     }
-    return value;
-  }
-
-  // For the first finisher: this block's mass, and its tokens of order `at_least` or better, best first, as many as are wanted.
-  // NOTE: as many blocks as tokens are wanted have one that good, so nothing worse is among the best of all.
-  static FF_DEVICE void list(const Finisher<M>& f, const float* raw, u32 at_least) {
-    const Sampling& s = f.p.sampling;
-    u64* to = summary(s, blockIdx.x);
-    u64 total = 0, from = 0;
-#pragma unroll
-    for (int i = 0; i < M::kFinishers; i++) {
-      const uint2 part = load_shared2(f.shared + At::kNotes + i * 8);
-      total += join(part.x, part.y);
-    }
-    if (f.lane == 0) *to = total;
-    const OwnRows<M, 32> rows(f, f.lane);
-    for (u32 place = 0; place < s.reported; place++) {
-      u64 best = kNothing;
-      rows.each(raw, [&](u32 row, float x) {
-        const u64 entry = ranked(x, row);
-        if ((u32)(entry >> 32) <= at_least && entry >= from) best = min(best, entry);
-      });
-      best = warp_min(best);
-      if (f.lane == 0) to[1 + place] = best;
-      if (best == kNothing) break;
-      from = best + 1;
-    }
+    __syncwarp();
+    return count;
   }
 };

@@ -2,19 +2,24 @@
 // the prompt's, as long as there is one, else the best candidate of all (the lower id wins a tie).
 //
 // Greedily a candidate's score is its logit; with a temperature it is logit / temperature + Gumbel noise, and the best of all is a
-// sample of the softmax, by the same exchange. What top-k, top-p and min-p leave is found before: see select.cuh.
+// sample of the softmax, by the same exchange. Where there is more to know of the candidates (select.cuh, report.cuh), blocks tell
+// each other more, in one round or a few.
 #pragma once
 #include "report.cuh"
+#include "select.cuh"
 
 // One logit of a finisher's lane. What is not used costs one branch that all lanes take alike.
 template <class M>
 FF_DEVICE void take_logit(Finisher<M>& f, u32 step, u32 token, float logit) {
   const Sampling& s = f.p.sampling;
   if (s.flags) {
-    if (s.flags & kReported) raw_logits<M>(s, step)[token] = logit;
-    logit = adjusted(s, logit, token);
-    if (s.flags & kSelected) s.scores[token] = logit;
-    else logit = score(s, logit, f.position(step) + 1, token);
+    if (s.flags & kReported) s.raw[token] = logit;
+    const float x = adjusted(s, logit, token);
+    logit = score(s, x, f.position(step) + 1, token);
+    if (s.flags & kSelected) {
+      s.scores[2 * token] = x;
+      s.scores[2 * token + 1] = logit;
+    }
   }
   f.propose(logit, token);
 }
@@ -33,42 +38,9 @@ struct Sample {
   }
   static FF_DEVICE void run(Finisher<M>& f, u32 step) {
     f.enter(S::kWhere, 0);
-    const u32 epoch = f.p.epoch + step;
     const bool chosen = step + 1 >= f.p.forced_count;  // this token's choice goes to the user and is the next input
-    if (f.p.sampling.flags & (kSelected | kReported))
-      if (chosen) look_closer(f, step);
-#pragma unroll
-    for (int o = 16; o; o >>= 1) f.merge(__shfl_xor_sync(kAllLanes, f.best, o), __shfl_xor_sync(kAllLanes, f.best_row, o));
-    const u32 mine = f.shared + L::kBest;
-    if (f.lane == 0) {
-      store_shared_float(mine + f.index * 8, f.best);
-      store_shared(mine + f.index * 8 + 4, f.best_row);
-    }
-    f.sync();
+    const bool cancelled = chosen && f.p.sampling.flags & (kSelected | kReported) ? look_closer(f, step) : exchange(f, step);
     if (f.index == 0) {
-#pragma unroll
-      for (int i = 1; i < M::kFinishers; i++) f.merge(load_shared_float(mine + i * 8), load_shared(mine + i * 8 + 4));
-      barrier_wait(f.shared + L::kDone, step & 1, f.watch);
-      // NOTE: two copies by parity: a block without work in the head may already be one token ahead of a slow reader.
-      u64* words = f.words(S::kOutput) + (epoch & 1) * 2 * M::kWorkers;
-      if (f.p.sampling.flags & kReported) fence_device();  // this block's summary
-      const u32 cancel = blockIdx.x == 0 && load_volatile(f.p.cancel) ? kCancel : 0;
-      if (f.lane == 0) store_words(words + 2 * blockIdx.x, __float_as_uint(f.best), f.best_row | cancel, epoch);
-      Wait wait;
-      bool cancelled = false;
-      f.forget();
-#pragma unroll 1
-      for (u32 i = f.lane; i < M::kWorkers; i += 32) {
-        u64 a, b;
-        do load_words(words + 2 * i, a, b);
-        while ((split(a).tag != epoch || split(b).tag != epoch) && !wait.expired(f.watch));
-        f.merge(__uint_as_float(split(a).value), split(b).value & ~kCancel);
-        cancelled |= (split(b).value & kCancel) != 0;
-      }
-      __syncwarp();
-#pragma unroll
-      for (int o = 16; o; o >>= 1) f.merge(__shfl_xor_sync(kAllLanes, f.best, o), __shfl_xor_sync(kAllLanes, f.best_row, o));
-      cancelled = __any_sync(kAllLanes, cancelled);
       const bool found = f.best < INFINITY && f.best_row < M::kVocab;
       const u32 choice = found ? f.best_row : f.best < INFINITY ? kNoneAllowed : kNotFinite;
       bool last = step + 1 == f.p.steps || cancelled || load_volatile(f.p.status) != 0;
@@ -78,7 +50,7 @@ struct Sample {
       }
       fence_device();  // what others wrote before they published is visible from here on: the KV cache
       fence_copy_engine();
-      if (blockIdx.x == 0 && chosen && found && (f.p.sampling.flags & kReported)) Report<M, S>::send(f, step, choice);
+      if (chosen && found && (f.p.sampling.flags & kReported)) Report<M, S>::send(f, step, choice, owns(f, choice));
       if (f.lane == 0) {
         // NOTE: a token's row belongs to one block, which alone reads and writes how often the token was seen.
         if (chosen && found && (f.p.sampling.flags & kPenalised) && owns(f, choice)) f.p.sampling.seen[choice]++;
@@ -99,22 +71,89 @@ struct Sample {
     return token / 8 - tiles.x < tiles.y;
   }
 
-  // Before the candidates are compared: a report of this token's log probabilities, and the selection of the allowed ones.
-  static FF_DEVICE void look_closer(Finisher<M>& f, u32 step) {
+  // The best of all blocks' candidates, for the first finisher; whether the launch is cancelled.
+  static FF_DEVICE bool exchange(Finisher<M>& f, u32 step) {
+    best_of_lanes(f);
+    const u32 mine = f.shared + L::kBest;
+    if (f.lane == 0) {
+      store_shared_float(mine + f.index * 8, f.best);
+      store_shared(mine + f.index * 8 + 4, f.best_row);
+    }
+    f.sync();
+    if (f.index != 0) return false;
+#pragma unroll
+    for (int i = 1; i < M::kFinishers; i++) f.merge(load_shared_float(mine + i * 8), load_shared(mine + i * 8 + 4));
+    barrier_wait(f.shared + L::kDone, step & 1, f.watch);
+    const u32 epoch = f.p.epoch + step;
+    // NOTE: two copies by parity: a block without work in the head may already be one token ahead of a slow reader.
+    u64* words = f.words(S::kOutput) + (epoch & 1) * 2 * M::kWorkers;
+    const u32 cancel = blockIdx.x == 0 && load_volatile(f.p.cancel) ? kCancel : 0;
+    if (f.lane == 0) store_words(words + 2 * blockIdx.x, __float_as_uint(f.best), f.best_row | cancel, epoch);
+    Wait wait;
+    bool cancelled = false;
+    f.forget();
+#pragma unroll 1
+    for (u32 i = f.lane; i < M::kWorkers; i += 32) {
+      u64 a, b;
+      do load_words(words + 2 * i, a, b);
+      while ((split(a).tag != epoch || split(b).tag != epoch) && !wait.expired(f.watch));
+      f.merge(__uint_as_float(split(a).value), split(b).value & ~kCancel);
+      cancelled |= (split(b).value & kCancel) != 0;
+    }
+    __syncwarp();
+    best_of_lanes(f);
+    return __any_sync(kAllLanes, cancelled);
+  }
+  static FF_DEVICE void best_of_lanes(Finisher<M>& f) {
+#pragma unroll
+    for (int o = 16; o; o >>= 1) f.merge(__shfl_xor_sync(kAllLanes, f.best, o), __shfl_xor_sync(kAllLanes, f.best_row, o));
+  }
+
+  // The same where tokens are selected or reported, for all finishers.
+  static FF_DEVICE bool look_closer(Finisher<M>& f, u32 step) {
+    using At = Rounds<M, S>;
     const Sampling& s = f.p.sampling;
-    // NOTE: from here on this block's consumers and attention are at rest, and their shared memory is ours.
+    // NOTE: from here on this block's consumers are at rest, and the shared memory of the reductions is free.
     barrier_wait(f.shared + L::kDone, step & 1, f.watch);
     f.sync();
-    const u32 largest = Report<M, S>::begin(f, step);
-    if (!(s.flags & kSelected)) return;
-    f.forget();
-    if (largest <= order_of(INFINITY)) {  // not finite, as all will see
-      f.best = logit_of(largest);
-      return;
+    Part part = opening(f), all = part;
+    Selection<M> selection;
+    bool cancelled = false, done = false;
+#pragma unroll 1
+    for (u32 round = 0; !done; round++) {
+      part = At::meet(f, step, round, part);
+      done = part.candidate == At::kGivenUp;
+      if (round == 0) {
+        all = part;
+        cancelled = all.news != 0;
+        if (s.flags & kReported && f.index == 0) Report<M, S>::begin(f, step, all);
+        done |= !(s.flags & kSelected) || !(all.score() < INFINITY) || all.token() >= M::kVocab;
+        if (!done) {
+          const u32 k = s.flags & kTopK ? min(s.top_k, M::kVocab) : M::kVocab;
+          selection.begin(s, all, k, At::nth_best(f, 0, k));
+        }
+      } else {
+        done |= selection.learn(s, round, part, all);
+      }
+      done = done || selection.settled(s, all);
+      if (!done) part = selection.tally(f);
     }
-    const u32 limit = Selection<M, S>::limit(f, step, largest);
-    shared_rows(f).each(s.scores, [&](u32 row, float x) {
-      if (order_of(x) <= limit) f.propose(score(s, x, f.position(step) + 1, row), row);
-    });
+    f.best = all.score();
+    f.best_row = all.token();
+    fence_device();  // each finisher has seen other blocks' words: what these wrote before is visible to all of this block
+    f.sync();
+    return cancelled;
+  }
+
+  // This block's part of the first round.
+  static FF_DEVICE Part opening(const Finisher<M>& f) {
+    constexpr u32 kLanes = M::kFinishers * 32;
+    const Sampling& s = f.p.sampling;
+    const u32 thread = f.index * 32 + f.lane;
+    Part part = Part::of(ranked(f.best, f.best_row), true);
+    if (s.flags & kSelected)
+      each_row<kLanes, 2>(f, thread, s.scores, [&](u32, float x, float) { part.count[0] = min(part.count[0], order_of(x)); });
+    if (s.flags & kReported) each_row<kLanes, 1>(f, thread, s.raw, [&](u32, float x) { part.add_logit(x); });
+    return part;
   }
 };

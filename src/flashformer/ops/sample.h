@@ -58,56 +58,56 @@ class Selection {
   float largest_;
 };
 
-// A stage: this worker's candidate among its rows, S is the head's.
+// A stage: this worker's candidate among its rows for each column with a temperature, S is the head's.
 template <class M, class S>
 struct Draw {
   using Stage = S;
 
   static void run(Worker<M>& w, u32 layer) {
-    const Sampling& s = w.sampling();
-    const u32 limit = s.flags & kSelected ? Selection::limit(s, M::kVocab) : ~0u;
-    const Range own = w.range(S::kRange + layer * M::kLayerRanges);
-    const u32 end = std::min((own.first + own.count) * kTileRows, M::kVocab);
-    w.forget_candidate();
-    if (s.flags & kSelected) {
-      for (u32 row = own.first * kTileRows; row < end; row++)
-        if (order_of(s.scores[row]) <= limit) w.propose(row, score(s, s.scores[row], w.position + 1, row));
-    } else {
-      for (u32 row = own.first * kTileRows; row < end; row += kBatch) score_all(w, row, end - row < kBatch ? end - row : kBatch);
+    for (u32 i = 0; i < w.pass().scored_count; i++) {
+      const Column& column = w.scored(i);
+      if (column.sampling.flags & kSampled) draw(w, i, column, w.range(S::kRange + layer * M::kLayerRanges));
     }
-    w.publish_candidate();
   }
 
  private:
   static constexpr u32 kBatch = 64;
 
+  static void draw(Worker<M>& w, u32 i, const Column& column, Range own) {
+    const Sampling& s = column.sampling;
+    const u32 limit = s.flags & kSelected ? Selection::limit(s, M::kVocab) : ~0u;
+    const u32 end = std::min((own.first + own.count) * kTileRows, M::kVocab), position = column.position + 1;
+    w.forget_candidate(i);
+    if (s.flags & kSelected) {
+      for (u32 row = own.first * kTileRows; row < end; row++)
+        if (order_of(s.scores[row]) <= limit) w.propose(i, row, score(s, s.scores[row], position, row));
+    } else {
+      for (u32 row = own.first * kTileRows; row < end; row += kBatch) score_all(w, i, s, position, row, std::min(end - row, kBatch));
+    }
+    w.publish_candidate(i);
+  }
+
   // Every token has noise: the loops vectorise.
-  static void score_all(Worker<M>& w, u32 first, u32 count) {
+  static void score_all(Worker<M>& w, u32 i, const Sampling& s, u32 position, u32 first, u32 count) {
     static_assert(kTileRows % 4 == 0, "a batch begins with a block of random numbers");
-    const Sampling& s = w.sampling();
     u32 random[kBatch / 4][4];
     float noise[kBatch];
-    for (u32 i = 0; i < kBatch / 4; i++) philox(s.seed, w.position + 1, first / 4 + i, random[i]);
-    for (u32 i = 0; i < kBatch; i++) noise[i] = gumbel(random[i / 4][i % 4]);
-    for (u32 i = 0; i < count; i++) w.propose(first + i, fused(s.scores[first + i], s.inverse_temperature, noise[i]));
+    for (u32 k = 0; k < kBatch / 4; k++) philox(s.seed, position, first / 4 + k, random[k]);
+    for (u32 k = 0; k < kBatch; k++) noise[k] = gumbel(random[k / 4][k % 4]);
+    for (u32 k = 0; k < count; k++) w.propose(i, first + k, fused(s.scores[first + k], s.inverse_temperature, noise[k]));
   }
 };
 
-template <class M, class S>
+template <class M>
 struct Sample {
-  // After the head: the token, the same for every worker, who compares all workers' candidates for itself.
-  static u32 run(Worker<M>& w) {
-    const Sampling& s = w.sampling();
-    if (s.flags & kSampled) w.template run<Draw<M, S>>(M::kLayers);
-    Candidate best = w.candidate(0);
+  // The token of scored column i: the best of all workers' candidates. Writes its log probabilities to `words`, where they are wanted.
+  static u32 run(const Worker<M>& w, u32 i, const Column& column, u64* words) {
+    Candidate best = w.candidate(0, i);
     for (u32 other = 1; other < M::kWorkers; other++) {
-      const Candidate c = w.candidate(other);
+      const Candidate c = w.candidate(other, i);
       if (c.score > best.score) best = c;  // workers own ascending rows
     }
-    if (w.index == 0 && best.token < M::kVocab) {
-      if (s.flags & kPenalised) s.seen[best.token]++;
-      if (s.flags & kReported) report(s, w.report(), best.token);
-    }
+    if (best.token < M::kVocab && column.sampling.flags & kReported) report(column.sampling, words, best.token);
     return best.token;
   }
 

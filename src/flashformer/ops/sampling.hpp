@@ -116,10 +116,9 @@ FF_BOTH float logit_of(u32 order) { return bits_float(order & 0x80000000u ? orde
 FF_BOTH u64 ranked(float logit, u32 token) { return u64(order_of(logit)) << 32 | token; }
 
 // A logit after bias and penalties; `seen` is the token's word of `Sampling::seen`.
-FF_BOTH float adjusted(const Sampling& s, float x, u32 token) {
+FF_BOTH float adjusted(const Sampling& s, float x, u32 token, u32 seen) {
   if (s.flags & kBiased) x += s.bias[token];
   if (s.flags & kPenalised) {
-    const u32 seen = s.seen[token];
     const float count = float(seen & ~kPromptBit);
     if (seen) x = x > 0 ? x / s.repetition : x * s.repetition;
     x = fused(-s.frequency, count, x);
@@ -127,6 +126,7 @@ FF_BOTH float adjusted(const Sampling& s, float x, u32 token) {
   }
   return x;
 }
+FF_BOTH float adjusted(const Sampling& s, float x, u32 token) { return adjusted(s, x, token, s.flags & kPenalised ? s.seen[token] : 0); }
 
 // What the chosen token has most of: at temperature 0 the logit, else logit / temperature + noise.
 FF_BOTH float score(const Sampling& s, float x, u32 position, u32 token) {

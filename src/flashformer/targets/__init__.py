@@ -35,6 +35,7 @@ class Target:
     plain_table: bool = False  # whether the embedding table has 16-bit values whatever the head has
     mixed_layers: bool = False  # whether the same stage of two layers may have different formats
     chunk_unit: int = 128  # bytes: chunks of a tape begin at multiples of it
+    columns: tuple[int, ...] = (1,)  # how many token positions a pass may carry: one of these
     # GPU only: shared memory, roles and pacing.
     shared_bytes: int = 0  # that one thread block may use
     finisher_warps: int = 3  # 8 consumers, 3 finishers and the producer: 168 registers each

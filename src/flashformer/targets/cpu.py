@@ -19,4 +19,5 @@ TARGET = Target(
     code_columns=32,
     mixed_layers=True,
     chunk_unit=64,  # a cache line
+    columns=(1, 2, 4, 8, 16),
 )

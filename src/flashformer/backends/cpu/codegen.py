@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...formats import Format
-from ...plan import LEAST_SCALE, Geometry, Plan, Stage, ceil_div, choose_geometry, round_up
+from ...geometry import Geometry, ceil_div, choose_geometry, round_up
+from ...plan import LEAST_SCALE, Plan, Stage
 from ..sampling import SAMPLING, SamplingStruct
 from ..source import Field, camel, constants, ctypes_fields, literal, struct
 
@@ -20,7 +21,9 @@ HEADERS = Path(__file__).parent
 OPERATORS = HEADERS.parent.parent / "ops"
 LINE = 32  # values in a cache line of 16-bit values, kLine in prelude.h
 ALIGNMENT = 16  # floats in a cache line
-SCALES = {"float16": "HalfScale", "bfloat16": "BfloatScale", "float32": "FloatScale"}  # formats.h
+SCALES = {
+    "exponent": "ExponentScale", "e4m3": "E4m3Scale", "bfloat16": "BfloatScale", "float16": "HalfScale", "float32": "FloatScale",
+}  # formats.h  # fmt: skip
 OPERATIONS = {"linear": "Linear", "attention": "Attention", "combine": "Combine"}
 QUAD = 4  # sums of x that a group with an offset needs, kPlane in formats.h
 LAYER_RANGES = 2  # number of the first tile range that a layer has of its own: after those of embed and combine
@@ -35,25 +38,39 @@ PARAMETERS: tuple[Field, ...] = (
     ("embedding", "const Segment*", ctypes.c_void_p, "where the rows of the table lie, ascending"),
 )
 
-# One launch: `forced` tokens at positions start.., then the model's own, `steps` tokens through the model in all.
-LAUNCH: tuple[Field, ...] = (
+# A sequence's part of a launch: `forced` tokens at positions start.., then the model's own. See columns.h.
+SEQUENCE: tuple[Field, ...] = (
     ("forced", "const u32*", ctypes.c_void_p, "[forced_count]"),
-    ("stop", "const u32*", ctypes.c_void_p, "[stop_count] tokens that end the launch"),
-    ("tokens", "u32*", ctypes.c_void_p, "[steps - forced_count + 1] as they are made"),
-    ("logits", "float*", ctypes.c_void_p, "[steps][vocab], or null"),
+    ("stop", "const u32*", ctypes.c_void_p, "[stop_count] tokens that end it"),
+    ("tokens", "u32*", ctypes.c_void_p, "[count] as they are made"),
+    ("seconds", "double*", ctypes.c_void_p, "[count] from the start of the launch to each"),
+    ("cancel", "const u32*", ctypes.c_void_p, "the host writes 1 to end it"),
+    ("logits", "float*", ctypes.c_void_p, "[forced_count][vocab], or null"),
     ("sampling", "Sampling", SamplingStruct, "how tokens are chosen"),
-    ("limit", "double", ctypes.c_double, "seconds that a worker waits for the others"),
     ("forced_count", "u32", ctypes.c_uint32, ""),
+    ("drafts", "u32", ctypes.c_uint32, "of the forced tokens, the last ones"),
     ("stop_count", "u32", ctypes.c_uint32, ""),
+    ("slot", "u32", ctypes.c_uint32, "of the KV cache"),
     ("start", "u32", ctypes.c_uint32, ""),
-    ("steps", "u32", ctypes.c_uint32, ""),
+    ("count", "u32", ctypes.c_uint32, "tokens to make"),
+)
+
+# One launch.
+LAUNCH: tuple[Field, ...] = (
+    ("sequences", "const Sequence*", ctypes.c_void_p, "[count]"),
+    ("limit", "double", ctypes.c_double, "seconds that a worker waits for the others"),
+    ("count", "u32", ctypes.c_uint32, ""),
+)
+
+# How far a sequence is.
+PROGRESS: tuple[Field, ...] = (
+    ("made", "u32", ctypes.c_uint32, "tokens"),
+    ("fed", "u32", ctypes.c_uint32, "tokens whose keys and values are in the cache for certain"),
 )
 
 # How far a launch is.
 STATUS: tuple[Field, ...] = (
-    ("first", "double", ctypes.c_double, "seconds from the start to the first token"),
-    ("last", "double", ctypes.c_double, "seconds from the start to the newest token"),
-    ("made", "u32", ctypes.c_uint32, "tokens"),
+    ("news", "u32", ctypes.c_uint32, "tokens of all sequences"),
     ("running", "u32", ctypes.c_uint32, "0: it has ended"),
     ("given_up", "u32", ctypes.c_uint32, "1 + (stage << 16 | layer) of a wait that took too long"),
 )
@@ -63,6 +80,18 @@ class Params(ctypes.Structure):
     """`Params` of the generated source."""
 
     _fields_ = ctypes_fields(PARAMETERS)
+
+
+class SequenceStruct(ctypes.Structure):
+    """`Sequence` of the generated source."""
+
+    _fields_ = ctypes_fields(SEQUENCE)
+
+
+class Progress(ctypes.Structure):
+    """`Progress` of the generated source."""
+
+    _fields_ = ctypes_fields(PROGRESS)
 
 
 class Launch(ctypes.Structure):
@@ -240,7 +269,7 @@ def generate(plan: Plan) -> Source:
     embed, body = plan.stages[0], plan.layer_stages(0)
     linears = linear_stages(plan, 0)
     (head,) = linear_stages(plan, c.num_layers)
-    names = tuple(s.name for s in (embed, *body, head))
+    names = (*(s.name for s in (embed, *body, head)), "token")
     ranges = LAYER_RANGES + len(linears) * c.num_layers + 1
     splits = kv.virtual_heads // kv.heads
     table = table_geometry(plan)
@@ -251,6 +280,8 @@ def generate(plan: Plan) -> Source:
 
     model: list[tuple[str, str, object]] = [
         ("u32", "kWorkers", t.workers),
+        ("u32", "kColumns", plan.columns),
+        ("u64", "kSlots", plan.slots),
         ("u32", "kLayers", c.num_layers),
         ("u32", "kVocab", c.vocab_size),
         ("int", "kHeads", c.num_heads),
@@ -324,6 +355,7 @@ def generate(plan: Plan) -> Source:
         return [*lines, f"constexpr u8 {format_table(s)}[] = {{{which}}};"] if same[1:] else lines
 
     numbers = {"embed": 0, "combine": 1, **{s.name: LAYER_RANGES + i for i, s in enumerate(linears)}, head.name: LAYER_RANGES}
+    append = ["      if (worker.pass().chained) worker.run<Append<Model, stage::Attention>>(layer);"] if plan.columns > 1 else []
     stages = [*stage(embed, numbers["embed"]), *(line for s in body for line in layers(s)), *stage(head, numbers[head.name])]
     text = [
         f"// {c.architecture}: {c.num_layers} layers, {t.workers} workers. Generated; see the headers for what it does.",
@@ -335,7 +367,9 @@ def generate(plan: Plan) -> Source:
         "struct Segment;",
         *struct("Params", PARAMETERS),
         *struct("Sampling", SAMPLING),
+        *struct("Sequence", SEQUENCE),
         *struct("Launch", LAUNCH),
+        *struct("Progress", PROGRESS),
         *struct("Status", STATUS),
         '#include "engine.h"',
         "",
@@ -349,18 +383,21 @@ def generate(plan: Plan) -> Source:
         "",
         "namespace stage {",
         *stages,
+        f"struct Token {{ static constexpr u32 kWhere = {names.index('token')}; }};",
         "}  // namespace stage",
         "",
-        "// One token, as every worker walks it.",
+        "// One pass, as every worker walks it.",
         "struct Story {",
-        "  static void token(Worker<Model>& worker) {",
+        "  using Next = NextPass<Model, stage::Token>;",
+        "",
+        "  static void run(Worker<Model>& worker) {",
         "    worker.run<Embed<Model, stage::Embed>>();",
         "    for (u32 layer = 0; layer < Model::kLayers; layer++) {",
-        *map(call, body),
+        *(line for s in body for line in (append if s.kind == "attention" else []) + [call(s)]),
         "    }",
-        "    if (!worker.wants_head) return;",
+        "    if (!worker.pass().scored_count) return;",
         "    worker.run<Linear<Model, stage::Head>>(Model::kLayers);",
-        "    worker.token = Sample<Model, stage::Head>::run(worker);",
+        "    if (worker.pass().sampled) worker.run<Draw<Model, stage::Head>>(Model::kLayers);",
         "  }",
         "};",
         "",

@@ -30,49 +30,65 @@ class Pages {
   void* start_;
 };
 
-// Story::token(worker) runs one token.
+// Between two passes: worker 0 takes the tokens of the last one and lays the next one; the others wait.
+template <class M, class S>
+struct NextPass {
+  using Stage = S;
+
+  static void run(Worker<M>& w, u32) {
+    if (w.index || w.given_up()) return;
+    w.schedule().take([&w](u32 scored, const Column& column, u64* report) { return Sample<M>::run(w, scored, column, report); });
+    w.schedule().advance();
+  }
+};
+
+// Story::run(worker) runs one pass; Story::Next is its NextPass.
 template <class M, class Story>
 class Engine {
  public:
   // Throws std::bad_alloc, or std::system_error where there are no more threads.
   explicit Engine(const Params& params)
-      : kv_(u64(M::kLayers) * M::kKvHeads * M::kKvBlocks * M::kKvBlockBytes),
-        values_(M::kValues * sizeof(float)),
-        scratch_(u64(M::kWorkers) * M::kScratch * sizeof(float)),
-        candidates_(M::kWorkers * sizeof(Candidate)),
-        shared_{params, kv_.as<u8>(), values_.as<float>(), scratch_.as<float>(), candidates_.as<Candidate>(), Barrier(crowded())},
+      : kv_(M::kSlots * kSlotBytes),
+        values_(u64(M::kColumns) * M::kValues * sizeof(float)),
+        scratch_(u64(M::kWorkers) * M::kColumns * M::kScratch * sizeof(float)),
+        candidates_(u64(M::kWorkers) * M::kColumns * sizeof(Candidate)),
+        scores_(u64(M::kColumns) * M::kVocab * sizeof(float)),
+        raw_(u64(M::kColumns) * M::kVocab * sizeof(float)),
+        shared_{params, kv_.as<u8>(), values_.as<float>(), scratch_.as<float>(), candidates_.as<Candidate>(), Barrier(crowded()),
+                Schedule<M>(scores_.as<float>(), raw_.as<float>())},
         team_(M::kWorkers, [this](u32 index) { work(index); }) {}
 
-  // Ends a launch that is still running after its present token.
+  // Ends a launch that is still running after its present pass.
   ~Engine() {
     cancel();
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [this] { return !status_.running; });  // the workers' own waits have a bound
+    while (wait(~0u, 1.0, nullptr).running) continue;  // the workers' own waits have a bound
   }
 
   // Only while nothing runs. What `launch` points to must stay until it has ended.
   void start(const Launch& launch) {
-    shared_.launch = launch;
     shared_.barrier.reset();
-    shared_.cancel.store(0, std::memory_order_relaxed);
     shared_.given_up.store(0, std::memory_order_relaxed);
-    status_ = {};
-    status_.running = 1;
-    busy_ = M::kWorkers;
-    began_ = Clock::now();
+    shared_.schedule.start(launch);
+    busy_.store(M::kWorkers);
     team_.start();
   }
 
-  void cancel() { shared_.cancel.store(1, std::memory_order_relaxed); }
+  void cancel() { shared_.schedule.cancel(); }
 
-  // Waits until there are more than `seen` tokens, the launch has ended, or `seconds` are over.
-  Status wait(u32 seen, double seconds) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return status_.made > seen || !status_.running; });
-    return status_;
+  Status wait(u32 seen, double seconds, Progress* progress) { return shared_.schedule.wait(seen, seconds, progress); }
+
+  // The first `positions` of a slot become those of another. Only while nothing runs.
+  void copy(u32 from, u32 to, u32 positions) {
+    const u64 head_bytes = u64(M::kKvBlocks) * M::kKvBlockBytes;
+    const u64 bytes = u64((positions + kBlockPositions - 1) / kBlockPositions) * M::kKvBlockBytes;
+    const u8* source = kv_.as<u8>() + from * kSlotBytes;
+    u8* target = kv_.as<u8>() + to * kSlotBytes;
+    for (u64 at = 0; at < kSlotBytes; at += head_bytes) std::memcpy(target + at, source + at, bytes);
   }
 
  private:
+  static constexpr u64 kSlotBytes = u64(M::kLayers) * M::kKvHeads * M::kKvBlocks * M::kKvBlockBytes;
+
   static bool crowded() {
     const u64 cpus = allowed_cpus().size();
     return cpus && M::kWorkers > cpus;
@@ -80,34 +96,17 @@ class Engine {
 
   void work(u32 index) {
     Worker<M> worker(shared_, index);
-    const Launch& l = shared_.launch;
-    for (u32 step = 0; step < l.steps; step++) {
-      worker.begin(step);
-      Story::token(worker);
-      if (index == 0 && step + 1 >= l.forced_count && !shared_.given_up.load(std::memory_order_relaxed)) publish(worker.token);
-      if (worker.ends(step)) break;
+    for (;;) {
+      worker.template run<typename Story::Next>();
+      worker.begin();
+      if (worker.given_up() || !worker.pass().count) break;
+      Story::run(worker);
     }
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (--busy_) return;
-    status_.given_up = shared_.given_up.load(std::memory_order_relaxed);
-    status_.running = 0;
-    changed_.notify_one();
+    if (busy_.fetch_sub(1) == 1) shared_.schedule.end(shared_.given_up.load(std::memory_order_relaxed));
   }
 
-  void publish(u32 token) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    shared_.launch.tokens[status_.made] = token;
-    status_.last = seconds_since(began_);
-    if (status_.made++ == 0) status_.first = status_.last;
-    changed_.notify_one();
-  }
-
-  Pages kv_, values_, scratch_, candidates_;
-  Shared shared_;
-  std::mutex mutex_;  // of all that follows
-  std::condition_variable changed_;
-  Status status_{};
-  u32 busy_ = 0;
-  Clock::time_point began_;
+  Pages kv_, values_, scratch_, candidates_, scores_, raw_;
+  Shared<M> shared_;
+  std::atomic<u32> busy_{0};
   Team team_;  // last: its threads use all of the above
 };

@@ -19,7 +19,11 @@ FF_ENTRY ThisEngine* flashformer_create(const Params* params, char* reason, u32 
 
 FF_ENTRY void flashformer_start(ThisEngine* engine, const Launch* launch) { engine->start(*launch); }
 
-FF_ENTRY void flashformer_wait(ThisEngine* engine, u32 seen, double seconds, Status* status) { *status = engine->wait(seen, seconds); }
+FF_ENTRY void flashformer_wait(ThisEngine* engine, u32 seen, double seconds, Status* status, Progress* progress) {
+  *status = engine->wait(seen, seconds, progress);
+}
+
+FF_ENTRY void flashformer_copy(ThisEngine* engine, u32 from, u32 to, u32 positions) { engine->copy(from, to, positions); }
 
 FF_ENTRY void flashformer_cancel(ThisEngine* engine) { engine->cancel(); }
 

@@ -1,8 +1,9 @@
 // What a tile of weights holds, format by format: its size, its product with x, and single values of it.
 //
 // A tile is kTileRows rows. Of 16-bit values it holds a line (32 columns) of each row, then the next line of each. Of codes it holds
-// fragments of 32 columns, then the scales, group after group: those of the rows, then their offsets. A fragment's *plane* k is
-// its columns 4 k to 4 k + 4; value i of a plane is column i % 4 of row i / 4, so that lanes are four columns of each row.
+// fragments of 32 columns, then the scales, group after group: those of the rows, then their offsets; at last what the rows are
+// divided by, if by anything. A fragment's *plane* k is its columns 4 k to 4 k + 4; value i of a plane is column i % 4 of row i / 4, so that
+// lanes are four columns of each row.
 #pragma once
 #include "prelude.h"
 
@@ -12,6 +13,8 @@
 
 static_assert(kTileRows == 4, "a plane is four columns of four rows");
 
+constexpr int kTogether = kLanes == 16 ? 4 : 2;  // columns of a pass whose sums fit the registers
+
 // --- 16-bit values ---------------------------------------------------------------------------------------------------------
 
 template <class V>
@@ -20,29 +23,38 @@ struct Plain {
   static constexpr int x_sums(int) { return 0; }
   static void sum_x(float*, const float*, int) {}
 
-  // sums = tile * x.
-  static inline void multiply(float* sums, const u8* from, const float* x, const float*, int columns) {
+  // sums[k] = tile * x[k]. NOTE: the same operations in the same order for every column, however many there are.
+  template <int kCount>
+  static inline void multiply(float (&sums)[kCount][kTileRows], const u8* from, const float* const* x, const float* const*, int columns) {
     const u16* tile = reinterpret_cast<const u16*>(from);
-    Vec rows[kTileRows] = {};
+    Vec rows[kCount][kTileRows] = {};
     for (int line = 0; line < columns / kLine; line++) {
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; r++) prefetch(tile + r * kLine + kPrefetchBytes / 2);
 #pragma GCC unroll 4
       for (int i = 0; i < kHalf; i += kLanes) {
-        const Vec x0 = load(x + i), x1 = load(x + kHalf + i);
+        Vec x0[kCount], x1[kCount];
+#pragma GCC unroll 4
+        for (int k = 0; k < kCount; k++) {
+          x0[k] = load(x[k] + line * kLine + i);
+          x1[k] = load(x[k] + line * kLine + kHalf + i);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < kTileRows; r++) {
           Vec first, second;
           V::load(tile + r * kLine, i, first, second);
-          rows[r] += first * x0;
-          rows[r] += second * x1;
+#pragma GCC unroll 4
+          for (int k = 0; k < kCount; k++) {
+            rows[k][r] += first * x0[k];
+            rows[k][r] += second * x1[k];
+          }
         }
       }
       tile += kTileRows * kLine;
-      x += kLine;
     }
+    for (int k = 0; k < kCount; k++)
 #pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; r++) sums[r] = sum(rows[r]);
+      for (int r = 0; r < kTileRows; r++) sums[k][r] = sum(rows[k][r]);
   }
 
   static inline float value(const u8* tile, int r, int c, int) {
@@ -93,6 +105,7 @@ inline Vec each_column(Quad rows, int v) {
 template <class V>
 struct Scale16 {
   static constexpr int kBytes = 2;
+  static constexpr bool kDivided = false;
   static inline float one(const u8* from) {
     u16 value;
     std::memcpy(&value, from, sizeof value);
@@ -120,6 +133,7 @@ struct BfloatScale : Scale16<Bfloat16> {
 
 struct FloatScale {
   static constexpr int kBytes = 4;
+  static constexpr bool kDivided = false;
   static inline Quad rows(const u8* from) {
     Quad values;
     std::memcpy(&values, from, sizeof values);
@@ -130,6 +144,28 @@ struct FloatScale {
     std::memcpy(&value, from, sizeof value);
     return value;
   }
+};
+
+template <class S>
+struct Scale8 {
+  static constexpr int kBytes = 1;
+  static inline Quad rows(const u8* from) {
+    u8 __attribute__((vector_size(4))) bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return S::values(__builtin_convertvector(bytes, QuadBits));
+  }
+  static inline float one(const u8* from) { return S::values(QuadBits{*from})[0]; }
+};
+
+// e8m0, whose 0, 2^-127, is subnormal as a float. NOTE: its NaN becomes infinite, which is no more finite.
+struct ExponentScale : Scale8<ExponentScale> {
+  static constexpr bool kDivided = false;
+  static inline Quad values(QuadBits bytes) { return bits_as<Quad>(bytes << 23 | (QuadBits(bytes == 0) & 0x00400000u)); }
+};
+
+struct E4m3Scale : Scale8<E4m3Scale> {
+  static constexpr bool kDivided = true;  // by a float of each row, which are behind the scales
+  static inline Quad values(QuadBits bytes) { return bits_as<Quad>((bytes & 0x80) << 24 | (bytes & 0x7f) << 20) * 0x1p120f; }  // see E4m3
 };
 
 // --- codes -----------------------------------------------------------------------------------------------------------------
@@ -150,15 +186,19 @@ template <class T>
 struct Nibbles {
   static constexpr int kFragmentBytes = kTileRows * kFragmentColumns / 2;
 
-  // sums[v] += planes [kFirst, kFirst + kCount) of a fragment * x, in kChains sums that do not wait for each other.
-  template <int kFirst, int kCount, int kChains>
-  static inline void multiply(Vec (&sums)[kVectors][kChains], const u8* fragment, const float* x) {
+  // sums[n][v] += planes [kFirst, kFirst + kCount) of a fragment * (x[n] + at), in kChains sums that do not wait for each other.
+  template <int kFirst, int kCount, int kColumns, int kChains>
+  static inline void multiply(Vec (&sums)[kColumns][kVectors][kChains], const u8* fragment, const float* const* x, int at) {
     prefetch(fragment + kCodesAhead);
     for (int v = 0; v < kVectors; v++) {
       VecBits words;
       std::memcpy(&words, fragment + v * sizeof words, sizeof words);
 #pragma GCC unroll 8
-      for (int k = kFirst; k < kFirst + kCount; k++) sums[v][k % kChains] += values(words >> (4 * k)) * each_row(x + kPlane * k);
+      for (int k = kFirst; k < kFirst + kCount; k++) {
+        const Vec weights = values(words >> (4 * k));
+#pragma GCC unroll 4
+        for (int n = 0; n < kColumns; n++) sums[n][v][k % kChains] += weights * each_row(x[n] + at + kPlane * k);
+      }
     }
   }
 
@@ -194,12 +234,16 @@ struct Octets {
   static constexpr int kPlaneBytes = kTileRows * kPlane;
   static constexpr int kFragmentBytes = kPlanes * kPlaneBytes;
 
-  template <int kFirst, int kCount, int kChains>
-  static inline void multiply(Vec (&sums)[kVectors][kChains], const u8* fragment, const float* x) {
-    for (int at = 0; at < kFragmentBytes; at += kLineBytes) prefetch(fragment + kCodesAhead + at);
+  template <int kFirst, int kCount, int kColumns, int kChains>
+  static inline void multiply(Vec (&sums)[kColumns][kVectors][kChains], const u8* fragment, const float* const* x, int at) {
+    for (int line = 0; line < kFragmentBytes; line += kLineBytes) prefetch(fragment + kCodesAhead + line);
 #pragma GCC unroll 8
     for (int k = kFirst; k < kFirst + kCount; k++)
-      for (int v = 0; v < kVectors; v++) sums[v][k % kChains] += E::values(fragment + k * kPlaneBytes + v * kLanes) * each_row(x + kPlane * k);
+      for (int v = 0; v < kVectors; v++) {
+        const Vec weights = E::values(fragment + k * kPlaneBytes + v * kLanes);
+#pragma GCC unroll 4
+        for (int n = 0; n < kColumns; n++) sums[n][v][k % kChains] += weights * each_row(x[n] + at + kPlane * k);
+      }
   }
 
   static inline float value(const u8* fragment, int r, int c) {
@@ -246,8 +290,9 @@ struct Codes {
   static constexpr int group(int columns) { return kGroup ? kGroup : columns; }
   static constexpr int groups(int columns) { return (columns + group(columns) - 1) / group(columns); }
   static constexpr u64 code_bytes(int columns) { return u64(columns) / kFragmentColumns * Code::kFragmentBytes; }
+  static constexpr u64 scale_bytes(int columns) { return u64(groups(columns)) * kScaleBytes * (kOffsets ? 2 : 1); }
   static constexpr u64 tile_bytes(int columns) {
-    const u64 bytes = code_bytes(columns) + u64(groups(columns)) * kScaleBytes * (kOffsets ? 2 : 1);
+    const u64 bytes = code_bytes(columns) + scale_bytes(columns) + (Scale::kDivided ? kTileRows * sizeof(float) : 0);
     return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
   }
 
@@ -266,42 +311,53 @@ struct Codes {
     }
   }
 
-  // sums = tile * x.
-  static inline void multiply(float* sums, const u8* tile, const float* x, const float* x_sums, int columns) {
-    Vec totals[kVectors] = {};
+  // sums[k] = tile * x[k]; x_sums[k] as `sum_x` leaves them. NOTE: as in `Plain`, the same for every column.
+  template <int kCount>
+  static inline void multiply(
+      float (&sums)[kCount][kTileRows], const u8* tile, const float* const* x, const float* const* x_sums, int columns) {
+    Vec totals[kCount][kVectors] = {};
     const u8* scales = tile + code_bytes(columns);
-    const auto add = [&](const Vec(&parts)[kVectors][kChains]) {
+    int group_sums = 0;
+    const auto add = [&](const Vec(&parts)[kCount][kVectors][kChains]) {
       prefetch(scales + kCodesAhead);
       for (int v = 0; v < kVectors; v++) {
         const Vec scale = each_column(Scale::rows(scales), v);
-        Vec part = parts[v][0];
-        for (int i = 1; i < kChains; i++) part += parts[v][i];
-        if constexpr (kOffset == Offset::kZero) part -= each_column(Scale::rows(scales + kScaleBytes), v) * each_row(x_sums);
-        totals[v] += part * scale;
-        if constexpr (kOffset == Offset::kMinimum) totals[v] += each_column(Scale::rows(scales + kScaleBytes), v) * each_row(x_sums);
+        Vec offset{};
+        if constexpr (kOffsets) offset = each_column(Scale::rows(scales + kScaleBytes), v);
+#pragma GCC unroll 4
+        for (int n = 0; n < kCount; n++) {
+          Vec part = parts[n][v][0];
+          for (int i = 1; i < kChains; i++) part += parts[n][v][i];
+          if constexpr (kOffset == Offset::kZero) part -= offset * each_row(x_sums[n] + group_sums);
+          totals[n][v] += part * scale;
+          if constexpr (kOffset == Offset::kMinimum) totals[n][v] += offset * each_row(x_sums[n] + group_sums);
+        }
       }
       scales += kScaleBytes * (kOffsets ? 2 : 1);
-      x_sums += kPlane;
+      group_sums += kPlane;
     };
     for (int c = 0; c < columns;) {
       if constexpr (kGroup == kFragmentColumns / 2) {
-        Vec low[kVectors][kChains] = {}, high[kVectors][kChains] = {};
-        Code::template multiply<0, kPlanes / 2>(low, tile, x);
+        Vec low[kCount][kVectors][kChains] = {}, high[kCount][kVectors][kChains] = {};
+        Code::template multiply<0, kPlanes / 2>(low, tile, x, c);
         add(low);
-        Code::template multiply<kPlanes / 2, kPlanes / 2>(high, tile, x);
+        Code::template multiply<kPlanes / 2, kPlanes / 2>(high, tile, x, c);
         add(high);
-        c += kFragmentColumns, tile += Code::kFragmentBytes, x += kFragmentColumns;
+        c += kFragmentColumns, tile += Code::kFragmentBytes;
       } else {
-        Vec parts[kVectors][kChains] = {};
+        Vec parts[kCount][kVectors][kChains] = {};
         const int end = c + group(columns) < columns ? c + group(columns) : columns;
-        for (; c < end; c += kFragmentColumns, tile += Code::kFragmentBytes, x += kFragmentColumns)
-          Code::template multiply<0, kPlanes>(parts, tile, x);
+        for (; c < end; c += kFragmentColumns, tile += Code::kFragmentBytes) Code::template multiply<0, kPlanes>(parts, tile, x, c);
         add(parts);
       }
     }
-    float lanes[kTileRows][kPlane];
-    std::memcpy(lanes, totals, sizeof lanes);
-    for (int r = 0; r < kTileRows; r++) sums[r] = (lanes[r][0] + lanes[r][2]) + (lanes[r][1] + lanes[r][3]);
+    for (int n = 0; n < kCount; n++) {
+      float lanes[kTileRows][kPlane];
+      std::memcpy(lanes, totals[n], sizeof lanes);
+      for (int r = 0; r < kTileRows; r++) sums[n][r] = (lanes[r][0] + lanes[r][2]) + (lanes[r][1] + lanes[r][3]);
+      if constexpr (Scale::kDivided)
+        for (int r = 0; r < kTileRows; r++) sums[n][r] /= divisor(scales + r * sizeof(float));
+    }
   }
 
   static inline float value(const u8* tile, int r, int c, int columns) {
@@ -309,6 +365,14 @@ struct Codes {
     const float code = Code::value(tile + c / kFragmentColumns * Code::kFragmentBytes, r, c % kFragmentColumns);
     const float offset = kOffsets ? Scale::one(scale + kScaleBytes) : 0.0f;
     if (kOffset == Offset::kZero) return (code - offset) * Scale::one(scale);
+    if (Scale::kDivided) return code * (Scale::one(scale) / divisor(tile + code_bytes(columns) + scale_bytes(columns) + r * sizeof(float)));
     return code * Scale::one(scale) + offset;
+  }
+
+ private:
+  // NOTE: rows of padding have none; theirs are zeros.
+  static inline float divisor(const u8* from) {
+    const float value = FloatScale::one(from);
+    return value == 0 ? 1 : value;
   }
 };

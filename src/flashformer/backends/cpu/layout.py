@@ -8,7 +8,8 @@ import numpy as np
 
 from ...checkpoint import Checkpoint
 from ...fuse import LinearSpec
-from ...plan import Geometry, Plan, round_up
+from ...geometry import Geometry, round_up
+from ...plan import Plan
 from ...tape import block_rows, lay_tapes, tile_offsets
 from .codegen import LAYER_RANGES, Source, linear_stages, table_geometry
 
@@ -24,6 +25,7 @@ class Placement:
     geometry: Geometry
     row_offset: np.ndarray  # uint64 [rows] bytes
     scale_offset: np.ndarray  # uint64 [rows] bytes
+    divisor_offset: np.ndarray  # uint64 [rows] bytes
     columns: int
     column_group: int
     column_stride: int
@@ -48,8 +50,10 @@ def lay_out(plan: Plan) -> Layout:
         tile, row = tiles[rows // g.tile_rows], rows % g.tile_rows
         # Where the second row of a tile begins: after a line of the first, or after its values of a plane.
         step = {16: 64, 8: 4, 4: 16}[g.format.bits]
-        scale = tile + g.fragments * g.fragment_bytes + row * (g.format.group_bytes // g.format.scale_values)
-        offsets = (tile + row * step).astype(np.uint64), scale.astype(np.uint64)
+        scales = tile + g.fragments * g.fragment_bytes
+        scale = scales + row * (g.format.group_bytes // g.format.scale_values)
+        divisor = scales + g.scale_bytes(0) - (g.tile_rows - row) * g.format.divisor_bytes
+        offsets = (tile + row * step).astype(np.uint64), scale.astype(np.uint64), divisor.astype(np.uint64)
         placements.append(Placement(weight, g, *offsets, spec.columns_used, spec.column_group, spec.column_stride))
 
     for index, stage in enumerate(plan.stages):

@@ -61,9 +61,11 @@ PACK_JOB: tuple[Field, ...] = (
 CODE_JOB: tuple[Field, ...] = (
     ("codes", "const u8*", ctypes.c_void_p, "[rows][columns]"),
     ("scales", "const u8*", ctypes.c_void_p, "[rows][scale_count][scale_bytes]"),
+    ("divisors", "const float*", ctypes.c_void_p, "[rows], or null"),
     ("tape", "u8*", ctypes.c_void_p, ""),
     ("row_offset", "const u64*", ctypes.c_void_p, "[rows] bytes: the first codes of each row"),
     ("scale_offset", "const u64*", ctypes.c_void_p, "[rows] bytes: its first scale"),
+    ("divisor_offset", "const u64*", ctypes.c_void_p, "[rows] bytes: its divisor"),
     ("bits", "u32", ctypes.c_uint32, "of a code: 4 or 8"),
     *EXTENT,
     ("tape_columns", "u32", ctypes.c_uint32, "of a row on the tape"),
@@ -146,9 +148,10 @@ class Tools:
         encoded = encode(form, format, place.weight)
         codes, scales = np.ascontiguousarray(encoded.codes), np.ascontiguousarray(encoded.scales)
         job = CodeJob(
-            codes.ctypes.data, scales.ctypes.data, memory.ctypes.data, place.row_offset[rows].ctypes.data,
-            place.scale_offset[rows].ctypes.data, format.bits, len(codes), place.columns, place.column_group, place.column_stride,
-            place.geometry.columns, scales.shape[1] * scales.shape[2], scales.itemsize,
+            codes.ctypes.data, scales.ctypes.data, None if encoded.divisors is None else encoded.divisors.ctypes.data, memory.ctypes.data,
+            *(offset[rows].ctypes.data for offset in (place.row_offset, place.scale_offset, place.divisor_offset)),
+            format.bits, len(codes), place.columns, place.column_group, place.column_stride, place.geometry.columns,
+            scales.shape[1] * scales.shape[2], scales.itemsize,
         )  # fmt: skip
         self._pack_codes(job)
         return place.weight, len(codes) * place.columns, int(not encoded.finite)

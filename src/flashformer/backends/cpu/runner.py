@@ -1,4 +1,4 @@
-"""A model on the CPU: loaded once, then one call runs whole tokens on workers that stay alive between calls."""
+"""A model on the CPU: loaded once, then one call runs whole passes on workers that stay alive between calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ...checkpoint import Checkpoint
 from ...errors import DeviceError
 from ...ops.rope import rope_table
 from ...plan import Plan
-from .. import GREEDY, Progress, RunStats, no_progress
-from ..sampling import REPORT_WORDS, Sampling, Scores, checked_token, read_report
-from .codegen import Launch, Params, Source, Status, generate
+from .. import GREEDY, Made, Progress, RunStats, Turn, no_progress
+from ..sampling import REPORT_WORDS, Sampling, Scores, read_report, token_error
+from .codegen import Launch, Params, SequenceStruct, Source, Status, generate
+from .codegen import Progress as SequenceProgress
 from .compile import compile_source
 from .layout import gather_vectors, lay_out, tile_ranges
 from .pack import Tools, packed_weights
@@ -32,12 +33,12 @@ class CpuRunner:
     def __init__(self, plan: Plan, checkpoint: Checkpoint, progress: Progress = no_progress) -> None:
         """See `load`."""
         self.plan = plan
+        self.columns, self.slots = plan.columns, plan.slots
         self.stats = RunStats()
         self.limit = LIMIT_SECONDS
         self._engine: int | None = None
         self._launch: Launch | None = None  # the latest one
-        self._sampled: dict[str, np.ndarray] = {}  # its arrays; see `_sampling_arrays`
-        self._alternatives = 0  # that it reports for each token
+        self._parts: list[_Part] = []  # its sequences
         layout = lay_out(plan)
         _check_memory(plan, layout.nbytes)
         self.source: Source = generate(plan)
@@ -62,37 +63,49 @@ class CpuRunner:
         self._engine = self._library.flashformer_create(params, reason, len(reason))
         if not self._engine:
             raise DeviceError(
-                f"the system refuses {plan.target.workers} threads or {kv_bytes(plan) / 1e9:.1f} GB for the KV cache "
+                f"the system refuses {plan.target.workers} threads or {plan.kv_bytes() / 1e9:.1f} GB for the KV cache "
                 f"({reason.value.decode(errors='replace')}); choose a smaller --max-context or fewer workers (FF_THREADS)"
             )
+
+    def run(self, turns: Sequence[Turn]) -> Generator[Made, None, None]:
+        """See `Runner.run`."""
+        return self._run(turns)
 
     def generate(
         self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
     ) -> Generator[int, None, None]:
         """See `Runner.generate`."""
-        status = Status()
+        seconds = []
         try:
-            with closing(self._run(status, tokens, start, count, stop, sampling)) as made:
-                for position, token in enumerate(made, start + len(tokens)):
-                    yield checked_token(token, position)
+            with closing(self._run([Turn(0, tokens, start, count, stop, sampling)])) as made:
+                for one in made:
+                    if one.error:
+                        raise one.error
+                    seconds.append(one.seconds)
+                    yield one.token
         finally:
-            steps = max(status.made - 1, 0)
-            kv = sum(self.plan.kv.bytes_read(i) for i in range(steps)) * self.plan.config.num_layers
-            self.stats = RunStats(
-                len(tokens), start, status.first, status.made, status.last - status.first,
-                steps * self.plan.token_bytes(start + len(tokens)) + kv,
-            )  # fmt: skip
+            first, last = (seconds[0], seconds[-1]) if seconds else (0.0, 0.0)
+            steps = range(max(len(seconds) - 1, 0))
+            nbytes = sum(self.plan.token_bytes(start + len(tokens) + i) for i in steps)
+            self.stats = RunStats(len(tokens), start, first, len(seconds), last - first, nbytes)
 
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`."""
-        return read_report(self._sampled["report"][index], self._alternatives)
+        return self._parts[0].scores(index)
 
-    def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
+    def logits(self, tokens: Sequence[int], start: int, slot: int = 0) -> np.ndarray:
         """See `Runner.logits`."""
         out = np.full((len(tokens), self.plan.config.vocab_size), np.nan, np.float32)
-        for _ in self._run(Status(), tokens, start, 1, (), GREEDY, out):
+        for _ in self._run([Turn(slot, tokens, start, 1)], out):
             pass
         return out
+
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """See `Runner.copy`. Raises DeviceError while a launch runs, and for slots or positions that there are not."""
+        if not (0 <= min(source, target) <= max(source, target) < self.slots and 0 <= positions <= self.plan.max_context):
+            raise DeviceError(f"{positions} positions of slot {source} cannot be copied to slot {target}")
+        self._claim()
+        self._library.flashformer_copy(self._engine, source, target, positions)
 
     def read_bandwidth(self) -> float:
         """See `Runner.read_bandwidth`; measured on the weights where they are too large for caches."""
@@ -107,57 +120,48 @@ class CpuRunner:
             self._library.flashformer_destroy(engine)
         self._arrays = {}
 
-    def _run(
-        self, status: Status, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling,
-        logits: np.ndarray | None = None,
-    ) -> Generator[int, None, None]:  # fmt: skip
-        """One launch: `tokens` at positions start.., then `count` - 1 of the model's own; yields those that it makes.
-
-        `status` is kept up to date; `logits` (float32 [steps, vocab]) are filled. Raises DeviceError for what does not fit,
-        and where a worker is stuck.
-        """
-        steps, room = len(tokens) - 1 + count, self.plan.max_context
-        if not tokens or count < 1 or start < 0 or start + steps > room:
-            raise DeviceError(f"{len(tokens)} tokens at position {start} and {count} more do not fit into {room} positions")
-        vocab = self.plan.config.vocab_size
-        if not 0 <= min(tokens) <= max(tokens) < vocab:
-            raise DeviceError(f"token ids from {min(tokens)} to {max(tokens)} are outside the vocabulary of {vocab}")
+    def _claim(self) -> None:
+        """Raise DeviceError while a launch runs, or after `close`."""
         if self._wait(Status(), 0, 0.0).running:
             raise DeviceError("this model is generating already")
-        made = np.zeros(count, np.uint32)
-        arrays = np.array(tokens, np.uint32), np.array(sorted(stop), np.uint32), made, logits
-        sampled = _sampling_arrays(sampling, vocab, count)
-        launch = Launch(
-            *(None if a is None else a.ctypes.data for a in arrays),
-            sampling=sampling.struct(**{name: array.ctypes.data for name, array in sampled.items()}),
-            limit=self.limit, forced_count=len(tokens), stop_count=len(stop), start=start, steps=steps,
-        )  # fmt: skip
+
+    def _run(self, turns: Sequence[Turn], logits: np.ndarray | None = None) -> Generator[Made, None, None]:
+        """`run`; fills `logits` (float32 [tokens, vocab]) of the only turn. Raises DeviceError where a worker is stuck, too."""
+        vocab = self.plan.config.vocab_size
+        _check_turns(turns, self.plan)
+        self._claim()
+        parts = [_Part(turn, vocab, logits) for turn in turns]
+        sequences = (SequenceStruct * len(parts))(*(part.struct() for part in parts))
+        progress = (SequenceProgress * len(parts))()
+        launch = Launch(sequences=ctypes.addressof(sequences), limit=self.limit, count=len(parts))
         # The workers use all of it until they have ended, even if this generator does not live that long.
-        self._launch, self._launched = launch, arrays
-        self._sampled, self._alternatives = sampled, sampling.logprobs or 0
+        self._launch, self._parts, self._launched = launch, parts, sequences
         self._library.flashformer_start(self._engine, launch)
-        status.running, seen = 1, 0
+        status, seen = Status(running=1), [0] * len(parts)
         try:
-            while status.running or seen < status.made:
-                self._wait(status, seen, POLL_SECONDS)
-                while seen < status.made:
-                    yield int(made[seen])
-                    seen += 1
-                    if self._launch is not launch:
-                        raise DeviceError("this model has been closed, or started anew, while it was generating")
+            while status.running or sum(seen) < status.news:
+                self._wait(status, sum(seen), POLL_SECONDS, progress)
+                for index, part in enumerate(parts):
+                    while seen[index] < progress[index].made:
+                        seen[index] += 1
+                        yield part.made(index, seen[index] - 1)
+                        if self._launch is not launch:
+                            raise DeviceError("this model has been closed, or started anew, while it was generating")
         finally:
             if self._launch is launch:
                 self._library.flashformer_cancel(self._engine)
                 while status.running:
-                    self._wait(status, ALL, POLL_SECONDS)
+                    self._wait(status, ALL, POLL_SECONDS, progress)
+                for turn, told in zip(turns, progress, strict=True):
+                    turn.fed = 0 if status.given_up else told.fed
         if status.given_up:
             raise DeviceError(self._stuck(status.given_up - 1))
 
-    def _wait(self, status: Status, seen: int, seconds: float) -> Status:
-        """Bring `status` up to date once there are more than `seen` tokens, the launch has ended, or `seconds` are over."""
+    def _wait(self, status: Status, seen: int, seconds: float, progress: ctypes.Array[SequenceProgress] | None = None) -> Status:
+        """Bring `status` and `progress` up to date once there is more news, the launch has ended, or `seconds` are over."""
         if self._engine is None:
             raise DeviceError("this model has been closed")
-        self._library.flashformer_wait(self._engine, seen, seconds, status)
+        self._library.flashformer_wait(self._engine, seen, seconds, status, progress)
         return status
 
     def _stuck(self, where: int) -> str:
@@ -177,35 +181,78 @@ def load(plan: Plan, checkpoint: Checkpoint, progress: Progress = no_progress) -
     return CpuRunner(plan, checkpoint, progress)
 
 
-def kv_bytes(plan: Plan) -> int:
-    """Bytes of the KV cache."""
-    return plan.config.num_layers * plan.kv.layer_bytes
-
-
 def _check_memory(plan: Plan, weights: int) -> None:
     """Raise DeviceError if weights and KV cache exceed this machine's memory."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = weights + kv_bytes(plan)
+    needed = weights + plan.kv_bytes()
     if needed > there:
         raise DeviceError(
-            f"the model needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} weights, {kv_bytes(plan) / 1e9:.1f} KV cache for "
-            f"{plan.max_context} positions), this machine has {there / 1e9:.1f}; choose a smaller --max-context or a smaller model"
+            f"the model needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} weights, {plan.kv_bytes() / 1e9:.1f} KV cache for "
+            f"{plan.slots} x {plan.max_context} positions), this machine has {there / 1e9:.1f}; "
+            "choose a smaller --max-context or a smaller model"
         )
 
 
-def _sampling_arrays(sampling: Sampling, vocab: int, count: int) -> dict[str, np.ndarray]:
-    """What the pointers of a launch's `SamplingStruct` point to; what it does not use is left out."""
-    arrays: dict[str, np.ndarray] = {}
-    if sampling.flags:
-        arrays["scores"] = np.empty(vocab, np.float32)
-    if sampling.bias is not None:
-        arrays["bias"] = sampling.bias
-    if sampling.seen is not None:
-        arrays["seen"] = sampling.seen.copy()
-    if sampling.logprobs is not None:
-        arrays["raw"] = np.empty(vocab, np.float32)
-        arrays["report"] = np.zeros((count, REPORT_WORDS), np.uint64)
-    return arrays
+def _check_turns(turns: Sequence[Turn], plan: Plan) -> None:
+    """Raise DeviceError for turns that the kernel could not take."""
+    room, vocab = plan.max_context, plan.config.vocab_size
+    if not turns:
+        raise DeviceError("a launch needs at least one turn")
+    slots = [turn.slot for turn in turns]
+    if len(set(slots)) < len(slots) or not 0 <= min(slots) <= max(slots) < plan.slots:
+        raise DeviceError(f"turns need slots of their own out of {plan.slots}, not {slots}")
+    for turn in turns:
+        tokens, start, count = turn.tokens, turn.start, turn.count
+        # A draft that is right is one of the tokens to make.
+        steps = len(tokens) - 1 + max(count - turn.drafts, 1)
+        if not tokens or count < 1 or start < 0 or start + steps > room or not 0 <= turn.drafts < len(tokens):
+            raise DeviceError(f"{len(tokens)} tokens at position {start} and {count} more do not fit into {room} positions")
+        if not 0 <= min(tokens) <= max(tokens) < vocab:
+            raise DeviceError(f"token ids from {min(tokens)} to {max(tokens)} are outside the vocabulary of {vocab}")
+
+
+class _Part:
+    """A turn in a launch: the arrays that the kernel reads and fills."""
+
+    def __init__(self, turn: Turn, vocab: int, logits: np.ndarray | None) -> None:
+        self.turn, self._alternatives, sampling = turn, turn.sampling.logprobs or 0, turn.sampling
+        self._arrays: dict[str, np.ndarray] = {
+            "forced": np.array(turn.tokens, np.uint32),
+            "stop": np.array(sorted(turn.stop), np.uint32),
+            "tokens": np.zeros(turn.count, np.uint32),
+            "seconds": np.zeros(turn.count, np.float64),
+            "cancel": turn.flag,
+        }
+        if logits is not None:
+            self._arrays["logits"] = logits
+        self._sampled: dict[str, np.ndarray] = {}
+        if sampling.bias is not None:
+            self._sampled["bias"] = sampling.bias
+        if sampling.seen is not None:
+            self._sampled["seen"] = sampling.seen.copy()
+        if sampling.logprobs is not None:
+            self._sampled["report"] = np.zeros((turn.count, REPORT_WORDS), np.uint64)
+
+    def struct(self) -> SequenceStruct:
+        """What the kernel is told; only while this object lives."""
+        turn = self.turn
+        return SequenceStruct(
+            **{name: array.ctypes.data for name, array in self._arrays.items()},
+            sampling=turn.sampling.struct(**{name: array.ctypes.data for name, array in self._sampled.items()}),
+            forced_count=len(turn.tokens), drafts=turn.drafts, stop_count=len(turn.stop), slot=turn.slot, start=turn.start,
+            count=turn.count,
+        )  # fmt: skip
+
+    def scores(self, index: int) -> Scores:
+        """Log probabilities of its token number `index`."""
+        return read_report(self._sampled["report"][index], self._alternatives)
+
+    def made(self, number: int, index: int) -> Made:
+        """Its token number `index`, as turn `number`."""
+        token, turn = int(self._arrays["tokens"][index]), self.turn
+        error = token_error(token, turn.start + len(turn.tokens) - turn.drafts + index)
+        scores = self.scores(index) if "report" in self._sampled and not error else None
+        return Made(number, token, float(self._arrays["seconds"][index]), scores, error)
 
 
 def _load_library(source: str) -> ctypes.CDLL:
@@ -215,7 +262,8 @@ def _load_library(source: str) -> ctypes.CDLL:
     for name, result, *arguments in (
         ("create", engine, ctypes.POINTER(Params), ctypes.c_char_p, u32),
         ("start", None, engine, ctypes.POINTER(Launch)),
-        ("wait", None, engine, u32, ctypes.c_double, ctypes.POINTER(Status)),
+        ("wait", None, engine, u32, ctypes.c_double, ctypes.POINTER(Status), ctypes.POINTER(SequenceProgress)),
+        ("copy", None, engine, u32, u32, u32),
         ("cancel", None, engine),
         ("destroy", None, engine),
     ):

@@ -71,7 +71,7 @@ inline void write_codes(u8* to, const u8* row, u32 columns, u32 bits) {
     }
 }
 
-// Puts codes and scales of some rows of a weight into their places.
+// Puts codes, scales and divisors of some rows of a weight into their places.
 FF_ENTRY void flashformer_pack_codes(const CodeJob* job) {
   const CodeJob& j = *job;
   std::vector<u8> row(j.tape_columns);  // between its groups of columns and after them it stays zero
@@ -82,6 +82,7 @@ FF_ENTRY void flashformer_pack_codes(const CodeJob* job) {
     const u8* scale = j.scales + u64(r) * j.scale_count * j.scale_bytes;
     u8* to = j.tape + j.scale_offset[r];
     for (u32 i = 0; i < j.scale_count; i++, scale += j.scale_bytes, to += kTileRows * j.scale_bytes) std::memcpy(to, scale, j.scale_bytes);
+    if (j.divisors) std::memcpy(j.tape + j.divisor_offset[r], j.divisors + r, sizeof(float));
   }
 }
 

@@ -1,8 +1,9 @@
-// What one worker sees while it walks through a token: its tape, the shared vectors, its share of every stage.
+// What one worker sees while it walks through a pass: its columns, its tape, the shared vectors, its share of every stage.
 #pragma once
 #include <algorithm>
 #include <limits>
 
+#include "columns.h"
 #include "sampling.hpp"
 #include "threads.h"
 
@@ -21,16 +22,15 @@ struct alignas(64) Candidate {  // for the next token, one cache line each
 };
 
 // What all workers share.
+template <class M>
 struct Shared {
   const Params params;
-  u8* const kv;                 // [layers][kv heads][blocks] blocks
-  float* const values;          // buffers of the plan
-  float* const scratch;         // [workers]
-  Candidate* const candidates;  // [workers]
+  u8* const kv;                 // [slots][layers][kv heads][blocks] blocks
+  float* const values;          // [columns] buffers of the plan
+  float* const scratch;         // [workers][columns]
+  Candidate* const candidates;  // [workers][columns]
   Barrier barrier;
-  Launch launch{};
-  std::atomic<u32> cancel{0};    // set by the host: end after the present token
-  u32 cancelled[2] = {0, 0};     // worker 0's look at it, by parity of the step, so that all workers see the same
+  Schedule<M> schedule;
   std::atomic<u32> given_up{0};  // 1 + (stage << 16 | layer) of the first wait that took too long
 };
 
@@ -39,12 +39,11 @@ constexpr int kAheadBytes = 128 << 10;  // what is fetched at a barrier at most:
 template <class M>
 class Worker {
  public:
-  Worker(Shared& shared, u32 index) : index(index), s_(shared) {}
+  Worker(Shared<M>& shared, u32 index) : index(index), s_(shared) {}
 
   const u32 index;
-  u32 token = 0;
-  u32 position = 0;
-  bool wants_head = false;
+
+  const Pass<M>& pass() const { return s_.schedule.pass(parity_); }
 
   // Everything that this worker does for one stage, then the barrier, where the tape's next lines are fetched so that the memory
   // does not idle. After a wait that took too long nobody waits any more.
@@ -55,41 +54,30 @@ class Worker {
     const auto look_ahead = [&next, last] {
       for (int i = 0; i < 2 && next < last; i++, next += kLineBytes) prefetch(next);
     };
-    if (s_.barrier.meet(goal_, M::kWorkers, s_.launch.limit, s_.given_up, look_ahead)) return;
+    if (s_.barrier.meet(goal_, M::kWorkers, s_.schedule.limit(), s_.given_up, look_ahead)) return;
     u32 none = 0;
     s_.given_up.compare_exchange_strong(none, 1 + (Operator::Stage::kWhere << 16 | layer));
   }
 
-  void begin(u32 step) {
-    const Launch& l = s_.launch;
-    if (step < l.forced_count) token = l.forced[step];
-    position = l.start + step;
-    wants_head = l.logits || step + 1 >= l.forced_count;
+  // Go on with the pass that has been laid.
+  void begin() {
+    parity_ ^= 1;
     tape_ = s_.params.tape + s_.params.tape_start[index];
-    logits_ = l.logits ? l.logits + u64(step) * M::kVocab : nullptr;
-    forget_candidate();
-    finite_ = true;
-    if (index == 0) s_.cancelled[step & 1] = s_.cancel.load(std::memory_order_relaxed);
+    for (u32 i = 0; i < M::kColumns; i++) {
+      forget_candidate(i);
+      finite_[i] = true;
+    }
   }
 
-  // After the last barrier of a step: whether the launch ends here, the same for every worker.
-  bool ends(u32 step) const {
-    const Launch& l = s_.launch;
-    if (s_.cancelled[step & 1] || s_.given_up.load(std::memory_order_relaxed)) return true;
-    if (step + 1 < l.forced_count) return false;
-    for (u32 i = 0; i < l.stop_count; i++)
-      if (l.stop[i] == token) return true;
-    return token >= M::kVocab;  // none could be chosen
-  }
+  bool given_up() const { return s_.given_up.load(std::memory_order_relaxed); }
+  Schedule<M>& schedule() const { return s_.schedule; }
 
   Range range(u32 i) const { return s_.params.ranges[index * M::kRanges + i]; }
-  float* values(int offset) const { return s_.values + offset; }
+  float* values(u32 column, int offset) const { return s_.values + column * M::kValues + offset; }
   const float* layer_vectors(u32 layer) const { return s_.params.vectors + u64(layer) * M::kLayerVectors; }
-  const float* turns() const { return s_.params.rope + u64(position) * M::kHeadDim; }
-  float* scratch() const { return s_.scratch + u64(index) * M::kScratch; }
-  const Candidate& candidate(u32 worker) const { return s_.candidates[worker]; }
-  const Sampling& sampling() const { return s_.launch.sampling; }
-  u64* report() const { return sampling().report + u64(position + 1 - s_.launch.start - s_.launch.forced_count) * kReportWords; }
+  const float* turns(u32 position) const { return s_.params.rope + u64(position) * M::kHeadDim; }
+  float* scratch(u32 column = 0) const { return s_.scratch + (u64(index) * M::kColumns + column) * M::kScratch; }
+  Candidate& candidate(u32 worker, u32 scored) const { return s_.candidates[worker * M::kColumns + scored]; }
 
   // The next tile of the tape, which is read straight ahead.
   const u8* next_tile(u64 bytes) {
@@ -105,37 +93,40 @@ class Worker {
     return s_.params.tape + segment->offset + u64(row / kTileRows - segment->first) * M::Table::tile_bytes(M::kTableColumns);
   }
 
-  u8* kv_block(u32 layer, u32 head, u32 block) const {
-    return s_.kv + ((u64(layer) * M::kKvHeads + head) * M::kKvBlocks + block) * M::kKvBlockBytes;
+  u8* kv_block(u32 slot, u32 layer, u32 head, u32 block) const {
+    return s_.kv + (((u64(slot) * M::kLayers + layer) * M::kKvHeads + head) * M::kKvBlocks + block) * M::kKvBlockBytes;
   }
 
-  void logit(u32 row, float value) {
-    if (logits_) logits_[row] = value;
-    finite_ &= value < kInfinity;
-    const Sampling& s = sampling();
+  const Column& scored(u32 i) const { return pass().columns[pass().scored[i]]; }
+
+  // The logit of a row for scored column i, which is `column`.
+  void logit(u32 i, const Column& column, u32 row, float value) {
+    if (column.logits) column.logits[row] = value;
+    finite_[i] &= value < kInfinity;
+    const Sampling& s = column.sampling;
     if (s.flags) {
       if (s.flags & kReported) s.raw[row] = value;
-      value = s.scores[row] = adjusted(s, value, row);
+      value = s.scores[row] = adjusted(s, value, row, s.flags & kPenalised ? s.seen[row] + column.unseen(row) : 0);
     }
-    propose(row, value);
+    propose(i, row, value);
   }
 
-  void propose(u32 row, float score) {
-    if (score > best_.score) best_ = {score, row};
+  void propose(u32 i, u32 row, float score) {
+    if (score > best_[i].score) best_[i] = {score, row};
   }
 
-  void forget_candidate() { best_ = {-kInfinity, kNoneAllowed}; }
+  void forget_candidate(u32 i) { best_[i] = {-kInfinity, kNoneAllowed}; }
 
-  // NOTE: only here and not as the logits come: while this step begins, others may still look at the candidates of the last one.
-  void publish_candidate() { s_.candidates[index] = finite_ ? best_ : Candidate{kInfinity, kNotFinite}; }
+  // NOTE: only here and not as the logits come: while this pass begins, others may still look at the candidates of the last one.
+  void publish_candidate(u32 i) { candidate(index, i) = finite_[i] ? best_[i] : Candidate{kInfinity, kNotFinite}; }
 
  private:
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-  Shared& s_;
+  Shared<M>& s_;
   u64 goal_ = 0;
+  u32 parity_ = 0;  // of the number of passes
   const u8* tape_ = nullptr;
-  float* logits_ = nullptr;
-  Candidate best_{};
-  bool finite_ = true;  // the logits so far: neither NaN nor infinite
+  Candidate best_[M::kColumns]{};
+  bool finite_[M::kColumns]{};  // the logits so far: neither NaN nor infinite
 };

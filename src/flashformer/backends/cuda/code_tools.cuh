@@ -74,18 +74,20 @@ extern "C" __global__ void flashformer_pack_scales(const __grid_constant__ CodeJ
   }
   u8* out = p.tape + j.scale_offset[to.tile * p.parts + part] + ((before * j.scale_values + value) * 8 + to.row) * j.scale_bytes;
   const u8* from = j.scales + thread * j.scale_bytes;
-  if (j.scale_bytes == 2) *(u16*)out = *(const u16*)from;
+  if (j.scale_bytes == 1) *out = *from;
+  else if (j.scale_bytes == 2) *(u16*)out = *(const u16*)from;
   else *(u32*)out = *(const u32*)from;
 }
 
 // ---- the embedding table of a model whose head has codes is made of the same codes ----
 
 enum CodeKind { kIntegers4 = 0, kIntegers8 = 1, kFloats8 = 2, kTables = 3 };  // what codes stand for
-enum ScaleType { kBfloat16Scale = 0, kFloat16Scale = 1, kFloat32Scale = 2 };
+enum ScaleType { kBfloat16Scale = 0, kFloat16Scale = 1, kFloat32Scale = 2, kExponentScale = 3, kE4m3Scale = 4 };
 
 struct ExpandJob {
   const u8* codes;   // [rows][columns]
   const u8* scales;  // [rows][groups][scale_values]
+  const float* divisors;  // [rows] of scales that are e4m3
   u16* to;           // [rows][columns]
   u64 values;
   u32 columns, kind, scale_type, half_type, group, groups, scale_values;
@@ -97,9 +99,11 @@ FF_DEVICE float code_value(const ExpandJob& j, u8 code) {
   if (j.kind == kIntegers4) return (float)code - (j.scale_values == 1 ? 8 : 0);
   if (j.kind == kIntegers8) return (signed char)code;
   if (j.kind == kTables) return j.table[code & 15];
-  return __uint_as_float((code & 0x80u) << 24 | (code & 0x7fu) << 20) * __uint_as_float((127 + 120) << 23);  // e4m3
+  return E4m3Scale::value(code);
 }
 FF_DEVICE float scale_value(const ExpandJob& j, u64 index) {
+  if (j.scale_type == kExponentScale) return ExponentScale::value(j.scales[index]);
+  if (j.scale_type == kE4m3Scale) return E4m3Scale::value(j.scales[index]);
   if (j.scale_type == kFloat32Scale) return ((const float*)j.scales)[index];
   const u16 v = ((const u16*)j.scales)[index];
   return j.scale_type == kFloat16Scale ? Float16::unpack(v) : Bfloat16::unpack(v);
@@ -111,7 +115,8 @@ extern "C" __global__ void flashformer_expand(const __grid_constant__ ExpandJob 
   if (i >= j.values) return;
   const u64 at = (i / j.columns * j.groups + (j.group ? i % j.columns / j.group : 0)) * j.scale_values;
   float value = code_value(j, j.codes[i]);
-  const float scale = scale_value(j, at), offset = j.scale_values == 2 ? scale_value(j, at + 1) : 0;
+  const float scale = j.scale_type == kE4m3Scale ? __fdiv_rn(scale_value(j, at), j.divisors[i / j.columns]) : scale_value(j, at);
+  const float offset = j.scale_values == 2 ? scale_value(j, at + 1) : 0;
   if (j.minimum) value = __fadd_rn(__fmul_rn(value, scale), offset);
   else value = __fmul_rn(__fsub_rn(value, offset), scale);
   j.to[i] = (u16)(j.half_type ? Float16::pack(value, 0) : Bfloat16::pack(value, 0));
@@ -128,10 +133,12 @@ extern "C" __global__ void flashformer_random_codes(u8* to, u64 values, u64 firs
   to[i] = (u8)(code == of ? instead : code);
 }
 
-extern "C" __global__ void flashformer_random_scales(u8* to, u64 values, u64 first, u32 seed, u32 scale_type, float base) {
+extern "C" __global__ void flashformer_random_scales(u8* to, u64 values, u64 first, u32 seed, u32 scale_type, float base, u32 byte, u32 range) {
   const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= values) return;
-  const float scale = base * (1.f + (random_bits(first + i, seed) & 255) * 0.001953125f);
-  if (scale_type == kFloat32Scale) ((float*)to)[i] = scale;
+  const u32 drawn = random_bits(first + i, seed);
+  const float scale = base * (1.f + (drawn & 255) * 0.001953125f);
+  if (scale_type >= kExponentScale) to[i] = (u8)(byte + drawn % range);
+  else if (scale_type == kFloat32Scale) ((float*)to)[i] = scale;
   else ((u16*)to)[i] = (u16)(scale_type == kFloat16Scale ? Float16::pack(scale, 0) : Bfloat16::pack(scale, 0));
 }

@@ -15,8 +15,9 @@ import numpy as np
 
 from ...errors import PlanError
 from ...formats import PLAIN, Format
-from ...plan import COLUMN_HEADS, LEAST_SCALE, Plan, Stage, ceil_div, round_up
-from ..sampling import SAMPLING, SamplingStruct
+from ...geometry import ceil_div, round_up
+from ...plan import COLUMN_HEADS, LEAST_SCALE, Plan, Stage
+from ..sampling import MAX_LOGPROBS, SAMPLING, SamplingStruct
 from ..source import Field, camel, constants, ctypes_fields, struct
 
 HEADERS = Path(__file__).parent
@@ -26,8 +27,9 @@ LARGEST_SLOT_BYTES = 18432  # where there are codes, whose scales need room
 MAX_SLOTS = 32  # a lane each
 FLAG_ALIGNMENT = 16  # words: vectors in the exchange memory begin on a 128-byte line
 STREAM = "weight stream"  # where a waiting producer stands
-SELECTION_ROUNDS = 9  # exchanges within a token at most: of the largest logit, then 4 each for top-k and top-p
-HISTOGRAM_WORDS = 2 * 8 * 2048 * 3  # of 4 bytes: for two tokens and each round after the first, 2048 (count, mass) at most
+PART_WORDS = 10  # of what a block tells in a round within a token: see rounds.cuh
+ROUND_TAGS = 32  # of a token: later rounds begin anew
+LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among the most likely ones: see report.cuh
 TILE_BITS = 12  # a tile range is packed as first << TILE_BITS | count
 
 # The kernel's parameters.
@@ -117,6 +119,10 @@ def slot_bytes(plan: Plan) -> int:
 # How codes lie on the tape and are multiplied: the structs of codes.cuh and integers.cuh, by the numbers that packing kernels know them by.
 LAYOUTS = {"integer4": 0, "integer8": 1, "float8": 2, "table": 3, "signed_table": 3, "half_byte": 4, "byte": 5, "byte_table": 6}
 
+SCALES = {
+    "exponent": "ExponentScale", "e4m3": "E4m3Scale", "bfloat16": "BfloatScale", "float16": "HalfScale", "float32": "FloatScale",
+}  # codes.cuh  # fmt: skip
+
 
 def code_layout(format: Format) -> str:
     """Which of LAYOUTS a format has. Integer instructions sum 32 columns at once, so that groups of 16 need the others."""
@@ -163,10 +169,9 @@ def describe_format(format: Format) -> list[str]:
             words = ", ".join(f"{word:#010x}u" for word in np.ascontiguousarray(part).view(np.uint32).tolist())
             lines.append(f"      static constexpr u32 {name}[{len(part) // 4}] = {{{words}}};")
         lines.append("    };")
-    scale = {"float16": "HalfScale", "bfloat16": "BfloatScale", "float32": "FloatScale"}[format.scale]
     lines += [
         f"    using Code = {code};",
-        f"    using Scale = {scale};",
+        f"    using Scale = {SCALES[format.scale]};",
         f"    static constexpr int kGroup = {format.group};",
         f"    static constexpr Offset kOffset = Offset::k{format.offset.capitalize()};",
         "  };",
@@ -188,7 +193,7 @@ def place_buffers(plan: Plan) -> tuple[dict[str, int], dict[str, int], int]:
 
     for b in plan.buffers:
         if b.kind == "token":
-            words = 2 * (2 + SELECTION_ROUNDS) * plan.target.workers
+            words = 4 * (1 + PART_WORDS) * plan.target.workers + LIST_WORDS
         elif b.name == "partials":
             words = plan.target.workers * pieces(plan) * piece_words(plan)
         else:
@@ -352,9 +357,10 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     token: list[tuple[str, str, object]] = [
         ("u32", "kWhere", names.index("token")),
         ("int", "kOutput", buffers["token"]),
-        ("int", "kRounds", buffers["token"] + 2 * 2 * t.workers),
-        ("u32", "kMostRounds", SELECTION_ROUNDS),
-        ("u32", "kHistogramWords", HISTOGRAM_WORDS),
+        ("int", "kRounds", buffers["token"] + 4 * t.workers),
+        ("int", "kLists", buffers["token"] + 4 * (1 + PART_WORDS) * t.workers),
+        ("int", "kPartWords", PART_WORDS),
+        ("u32", "kRoundTags", ROUND_TAGS),
     ]
     text += constants(token)
     text.append("};\n}  // namespace stage\n")

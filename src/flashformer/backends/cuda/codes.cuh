@@ -23,6 +23,7 @@ FF_DEVICE u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.
 template <class T>
 struct Scale16 {
   static constexpr int kBytes = 2;
+  static constexpr bool kDivided = false;
   using Raw = u16;
   static FF_DEVICE Raw load(u32 at) { return load_shared16(at); }
   static FF_DEVICE float value(Raw raw) { return T::unpack(raw); }
@@ -32,9 +33,31 @@ using BfloatScale = Scale16<Bfloat16>;
 
 struct FloatScale {
   static constexpr int kBytes = 4;
+  static constexpr bool kDivided = false;
   using Raw = u32;
   static FF_DEVICE Raw load(u32 at) { return load_shared(at); }
   static FF_DEVICE float value(Raw raw) { return __uint_as_float(raw); }
+};
+
+template <class S>
+struct Scale8 {
+  static constexpr int kBytes = 1;
+  using Raw = u32;
+  static FF_DEVICE Raw load(u32 at) { return load_shared8(at); }
+};
+
+// e8m0, whose 0, 2^-127, is subnormal as a float. NOTE: its NaN becomes infinite, which is no more finite.
+struct ExponentScale : Scale8<ExponentScale> {
+  static constexpr bool kDivided = false;
+  static FF_DEVICE float value(Raw raw) { return __uint_as_float(max(raw << 23, 0x00400000u)); }
+};
+
+// e4m3: in a float's place all but the bias of the exponent is right, also for subnormals.
+struct E4m3Scale : Scale8<E4m3Scale> {
+  static constexpr bool kDivided = true;  // by a float of each row
+  static FF_DEVICE float value(Raw raw) {
+    return __uint_as_float((u32)((int)(raw << 24) >> 4) & 0x87f00000u) * __uint_as_float((127 + 120) << 23);
+  }
 };
 
 // ---- codes ----
@@ -228,27 +251,35 @@ struct CodedOperand {
 };
 
 // Where a lane finds the scale of its row and columns in a part of `size` slices: tile after tile, warp after warp, group after group. Scales of
-// whole rows come once a tile.
-template <class S, int size>
+// whole rows, and divisors behind all scales of a tile, come once a tile, with the last part.
+template <class S, int size, bool kLast>
 struct ScalePlace {
   using F = typename S::Format;
   static constexpr int kSliceBytes = 128 * F::Code::kBits;
   static constexpr int kRowsBytes = 8 * F::Scale::kBytes;  // the scales of a tile's rows
   static constexpr int kGroupBytes = kRowsBytes * (F::kOffset != Offset::kNone ? 2 : 1);
   static constexpr int kSliceStep = F::kGroup ? 128 / (F::kGroup ? F::kGroup : 1) * kGroupBytes : 0;
+  static constexpr int kTileScales = F::kGroup ? S::kWarpsColumns * size * kSliceStep : kGroupBytes;  // bytes
+  static constexpr int kTileBytes = kTileScales + (F::Scale::kDivided && kLast ? 8 * 4 : 0);
 
   static FF_DEVICE u32 at(u32 chunk, u32 tiles, u32 warp, u32 lane) {
-    const u32 first = chunk + tiles * (S::kWarpsColumns * size * kSliceBytes) + (lane >> 2) * F::Scale::kBytes;
-    if constexpr (F::kGroup == 0) return first + warp / S::kWarpsColumns * kGroupBytes;
-    else return first + warp * (size * kSliceStep) + (lane & 3) * 32 / F::kGroup * kGroupBytes;
+    const u32 first = scales(chunk, tiles, warp) + (lane >> 2) * F::Scale::kBytes;
+    if constexpr (F::kGroup == 0) return first;
+    else return first + warp % S::kWarpsColumns * (size * kSliceStep) + (lane & 3) * 32 / F::kGroup * kGroupBytes;
+  }
+  static FF_DEVICE u32 divisor(u32 chunk, u32 tiles, u32 warp, u32 lane) { return scales(chunk, tiles, warp) + kTileScales + (lane >> 2) * 4; }
+
+ private:
+  static FF_DEVICE u32 scales(u32 chunk, u32 tiles, u32 warp) {  // the first of the tile
+    return chunk + tiles * (S::kWarpsColumns * size * kSliceBytes) + warp / S::kWarpsColumns * kTileBytes;
   }
 };
 
 // What a lane needs of `size` slices of a tile: codes and scales, from a chunk that has landed.
-template <class S, int size>
+template <class S, int size, bool kLast>
 struct Loaded {
   using F = typename S::Format;
-  using Place = ScalePlace<S, size>;
+  using Place = ScalePlace<S, size, kLast>;
   using Raw = typename F::Scale::Raw;
   static constexpr int kLoads = F::Code::kBits / 4;       // of 16 bytes, a slice
   static constexpr int kPicks = F::kGroup == 16 ? 2 : 1;  // scales of a lane in a slice
@@ -256,9 +287,9 @@ struct Loaded {
   static constexpr bool kOffsets = F::kOffset != Offset::kNone;
   uint4 raw[size][kLoads];
   Raw scale[kScales][kPicks], offset[kScales][kPicks];
+  float divisor;
 
   // From the chunk at `at`, which has so many tiles; `warp` counts the warps of all its tiles.
-  template <bool kLast>
   FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane) {
     const u32 codes = at + warp * (size * Place::kSliceBytes) + lane * 16, scales = Place::at(at, tiles, warp, lane);
 #pragma unroll
@@ -275,6 +306,10 @@ struct Loaded {
           if constexpr (kOffsets) offset[i][j] = F::Scale::load(from + Place::kRowsBytes);
         }
     }
+    if constexpr (F::Scale::kDivided && kLast) {
+      divisor = load_shared_float(Place::divisor(at, tiles, warp, lane));
+      if (divisor == 0) divisor = 1;  // NOTE: rows of padding have none; theirs are zeros
+    }
   }
 };
 
@@ -290,14 +325,15 @@ struct CodedProduct {
   float total = 0;
   float set[4][4];  // where all columns have one scale: sums over all slices
   Raw row_scale, row_offset;
+  float divisor;
 
   FF_DEVICE CodedProduct() {
     if constexpr (F::kGroup == 0) clear();
   }
 
   // Add the product of a part whose first slice is `first`.
-  template <int first, bool kLast, int size>
-  FF_DEVICE void add(const Loaded<S, size>& part, const X& x, u32 lane) {
+  template <int first, int size, bool kLast>
+  FF_DEVICE void add(const Loaded<S, size, kLast>& part, const X& x, u32 lane) {
     const u32 t = lane & 3;
 #pragma unroll
     for (int i = 0; i < size; i++) {
@@ -313,11 +349,12 @@ struct CodedProduct {
       }
     }
     if constexpr (F::kGroup == 0 && kLast) row_scale = part.scale[0][0], row_offset = part.offset[0][0];
+    if constexpr (Scale::kDivided && kLast) divisor = part.divisor;
   }
 
   FF_DEVICE float result(u32 lane, const X& x) {
     if constexpr (F::kGroup == 0) total = scaled(0, both(lane & 3), 1, x.sum[0][0], x.sum[0][kPlain], row_scale, row_offset);
-    return total * x.unscale;
+    return Scale::kDivided ? __fdividef(total * x.unscale, divisor) : total * x.unscale;
   }
 
  private:

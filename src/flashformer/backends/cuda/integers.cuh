@@ -178,10 +178,11 @@ struct IntegerProduct {
   float total = 0;
   int set[4] = {};  // where all columns have one scale: over all slices
   Raw row_scale, row_offset;
+  float divisor;
 
   // Add the product of a part whose first slice is `first`.
-  template <int first, bool kLast, int size>
-  FF_DEVICE void add(const Loaded<S, size>& part, const X& x, u32 lane) {
+  template <int first, int size, bool kLast>
+  FF_DEVICE void add(const Loaded<S, size, kLast>& part, const X& x, u32 lane) {
 #pragma unroll
     for (int i = 0; i < size; i++) {
       if constexpr (F::kGroup != 0) set[0] = set[1] = set[2] = set[3] = 0;
@@ -190,11 +191,12 @@ struct IntegerProduct {
       if constexpr (F::kGroup != 0) total = scaled(lane, x.sum[first + i], part.scale[i][0], part.offset[i][0]);
     }
     if constexpr (F::kGroup == 0 && kLast) row_scale = part.scale[0][0], row_offset = part.offset[0][0];
+    if constexpr (Scale::kDivided && kLast) divisor = part.divisor;
   }
 
   FF_DEVICE float result(u32 lane, const X& x) {
     if constexpr (F::kGroup == 0) total = scaled(lane, x.sum[0], row_scale, row_offset);
-    return total * x.factor;
+    return Scale::kDivided ? __fdividef(total * x.factor, divisor) : total * x.factor;
   }
 
  private:

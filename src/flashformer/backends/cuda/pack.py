@@ -19,20 +19,22 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ...formats import PLAIN, Format, encode
-from ...plan import Plan, round_up
+from ...geometry import round_up
+from ...plan import Plan
 from ...quant.forms import Form
 from ...tape import Tape, block_rows, scale_offsets, tile_offsets
 from .. import Progress
 from .codegen import LAYOUTS, Vectors, code_layout
 from .driver import Context
-from .random_weights import RandomWeights, replacement
+from .random_weights import RandomWeights, drawn_bytes, replacement
 
 SLOTS = 16
 READING = 12  # of the slots, at most, are being filled; the others travel
 READERS = 8  # threads at most: more do not read faster than the bus carries
 SLOT_BYTES = (1 << 20, 8 << 20)  # least and most; between them, all slots together are as large as the largest matrix
 THREADS = 256
-TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # SourceType in tools.cuh, ScaleType in code_tools.cuh
+TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # SourceType in tools.cuh
+SCALE_TYPES = {**TYPES, "exponent": 3, "e4m3": 4}  # ScaleType in code_tools.cuh
 KINDS = {("int", 4): 0, ("int", 8): 1, ("fp8", 8): 2, ("table", 4): 3}  # CodeKind in code_tools.cuh
 
 
@@ -83,7 +85,7 @@ class ExpandJob(ctypes.Structure):
     """The argument of the kernel that makes 16-bit values of codes: `ExpandJob` in code_tools.cuh."""
 
     _fields_ = [
-        *_integers("codes", "scales", "to", "values", kind=ctypes.c_uint64),
+        *_integers("codes", "scales", "divisors", "to", "values", kind=ctypes.c_uint64),
         *_integers("columns", "kind", "scale_type", "half_type", "group", "groups", "scale_values", "minimum"),
         ("table", ctypes.c_float * 16),
     ]
@@ -99,6 +101,7 @@ class Matrix:
     strange: int  # address of the word that says whether it has values that are not finite
     place: Placement | None
     scale_offset: int  # address
+    divisor_shift: int  # bytes from the scales of a tile in its last chunk to the divisors
     format: Format
     embedding: int | None  # address of the table
 
@@ -107,13 +110,18 @@ class Matrix:
         """Groups of a row of codes."""
         return self.format.groups(self.columns)
 
-    def code_bytes(self, rows: int) -> int:
-        """Bytes in a slot in front of the scales of so many rows of codes."""
+    def divisors(self, rows: int) -> int:
+        """Where in a slot the divisors of so many rows of codes begin, in bytes."""
         return round_up(rows * self.columns, 16)
+
+    def scales(self, rows: int) -> int:
+        """Where in a slot the scales of so many rows of codes begin, in bytes."""
+        return self.divisors(rows) + rows * self.format.divisor_bytes
 
     def slot_rows(self, nbytes: int, value_bytes: int) -> int:
         """How many rows a slot of so many bytes holds: a multiple of 8."""
-        row = self.columns + self.groups * self.format.group_bytes if self.format != PLAIN else self.columns * value_bytes
+        beside = self.groups * self.format.group_bytes + self.format.divisor_bytes
+        row = self.columns + beside if self.format != PLAIN else self.columns * value_bytes
         return (nbytes - 16) // row // 8 * 8
 
 
@@ -206,12 +214,13 @@ class Packer:
                 )  # fmt: skip
                 table = embedding if block.weight == self.plan.embedding else None
                 strange = flags + 4 * len(found)
-                found.append(Matrix(block.weight, block.rows, spec.columns_used, strange, place, scale_offset, g.format, table))
+                shift = g.scale_bytes(g.parts - 1) - g.tile_rows * g.format.divisor_bytes
+                found.append(Matrix(block.weight, block.rows, spec.columns_used, strange, place, scale_offset, shift, g.format, table))
                 base += block.padded
         if all(m.embedding is None for m in found):
             strange = flags + 4 * len(found)
             config = self.plan.config
-            found.append(Matrix(self.plan.embedding, config.vocab_size, config.hidden_size, strange, None, 0, PLAIN, embedding))
+            found.append(Matrix(self.plan.embedding, config.vocab_size, config.hidden_size, strange, None, 0, 0, PLAIN, embedding))
         return found
 
     def _pieces(self, matrices: Sequence[Matrix]) -> Iterator[Piece]:
@@ -247,9 +256,11 @@ class Packer:
             encoded = encode(form, m.format, m.name)
             scales = np.ascontiguousarray(encoded.scales).reshape(-1).view(np.uint8)
             memory[at : at + piece.values] = encoded.codes.reshape(-1)
-            at += m.code_bytes(piece.rows)
-            memory[at : at + scales.nbytes] = scales
-            return Read(m.code_bytes(piece.rows) + scales.nbytes, 0, encoded.finite)
+            if encoded.divisors is not None:
+                memory[at + m.divisors(piece.rows) : at + m.scales(piece.rows)] = encoded.divisors.view(np.uint8)
+            nbytes = m.scales(piece.rows) + scales.nbytes
+            memory[at + nbytes - scales.nbytes : at + nbytes] = scales
+            return Read(nbytes, 0, encoded.finite)
 
         def send() -> Piece:
             number, piece, future = reading.popleft()
@@ -286,13 +297,17 @@ class Packer:
                 values = (_u64(device), _u64(pairs), _u64(first // 2), _u32(seed), ctypes.c_float(float(scale)))
                 self._run("flashformer_random", pairs, *values)
             else:
-                code_seed, scale_seed, base = weights.code_stream(m.name)
-                code_kind, scale_kind = _u32(KINDS[m.format.kind, m.format.bits]), _u32(TYPES[m.format.scale])
+                code_seed, scale_seed, base, divisor = weights.code_stream(m.name)
+                code_kind, scale_kind = _u32(KINDS[m.format.kind, m.format.bits]), _u32(SCALE_TYPES[m.format.scale])
                 codes = (_u64(device), _u64(piece.values), _u64(first), _u32(code_seed), code_kind, *map(_u32, replacement(m.format)))
                 self._run("flashformer_random_codes", piece.values, *codes)
-                at, count = device + m.code_bytes(piece.rows), piece.rows * m.groups
-                scales = (_u64(at), _u64(count), _u64(piece.first * m.groups), _u32(scale_seed), scale_kind, ctypes.c_float(float(base)))
-                self._run("flashformer_random_scales", count, *scales)
+                at, count = device + m.scales(piece.rows), piece.rows * m.groups
+                stream_of_scales = (_u64(at), _u64(count), _u64(piece.first * m.groups), _u32(scale_seed), scale_kind)
+                bounds = (ctypes.c_float(float(base)), *map(_u32, drawn_bytes(m.format, base)))
+                self._run("flashformer_random_scales", count, *stream_of_scales, *bounds)
+                if m.format.divisor_bytes:
+                    bits = int(divisor.view(np.uint32))
+                    self.context.driver.cuMemsetD32Async(device + m.divisors(piece.rows), bits, piece.rows, stream)
             self._place(piece, device, TYPES["bfloat16"], stream)
             yield piece
 
@@ -305,11 +320,16 @@ class Packer:
             if m.format == PLAIN:
                 self._run("flashformer_pack", lanes, PackJob(source, m.strange, m.place, kind, self.half_type), stream=stream)
             else:
-                f, scales = m.format, source + m.code_bytes(piece.rows)
+                f, layout = m.format, LAYOUTS[code_layout(m.format)]
                 sizes = (f.group, m.groups, f.scale_values, f.group_bytes // f.scale_values)
-                job = CodeJob(source, scales, m.scale_offset, m.place, LAYOUTS[code_layout(f)], *sizes)
+                job = CodeJob(source, source + m.scales(piece.rows), m.scale_offset, m.place, layout, *sizes)
                 self._run("flashformer_pack_codes", lanes * f.bits // 4, job, stream=stream)
                 self._run("flashformer_pack_scales", piece.rows * m.groups * f.scale_values, job, stream=stream)
+                if f.divisor_bytes:  # go where a row's only scale would be, but behind the others
+                    place = Placement.from_buffer_copy(m.place)
+                    place.tape += m.divisor_shift
+                    job = CodeJob(source, source + m.divisors(piece.rows), m.scale_offset, place, layout, 0, 1, 1, f.divisor_bytes)
+                    self._run("flashformer_pack_scales", piece.rows, job, stream=stream)
         if m.embedding is not None:
             to = m.embedding + piece.first * m.columns * 2
             if m.format == PLAIN:
@@ -318,8 +338,9 @@ class Packer:
             else:
                 f = m.format
                 expand = ExpandJob(
-                    source, source + m.code_bytes(piece.rows), to, piece.values, m.columns, KINDS[f.kind, f.bits], TYPES[f.scale],
-                    self.half_type, f.group, m.groups, f.scale_values, int(f.offset == "minimum"), tuple(f.table) or (0.0,) * 16,
+                    source, source + m.scales(piece.rows), source + m.divisors(piece.rows), to, piece.values,
+                    m.columns, KINDS[f.kind, f.bits], SCALE_TYPES[f.scale], self.half_type,
+                    f.group, m.groups, f.scale_values, int(f.offset == "minimum"), tuple(f.table) or (0.0,) * 16,
                 )  # fmt: skip
                 self._run("flashformer_expand", piece.values, expand, stream=stream)
 

@@ -132,6 +132,11 @@ FF_DEVICE u16 load_shared16(u32 a) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(a) : "memory");
   return v;
 }
+FF_DEVICE u32 load_shared8(u32 a) {
+  u32 v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(a) : "memory");
+  return v;
+}
 FF_DEVICE float load_shared_float(u32 a) { return __uint_as_float(load_shared(a)); }
 FF_DEVICE void store_shared(u32 a, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
 FF_DEVICE void store_shared_float(u32 a, float v) { store_shared(a, __float_as_uint(v)); }
@@ -144,8 +149,6 @@ FF_DEVICE u32 load_shared_acquire(u32 a) {
 FF_DEVICE void store_shared_release(u32 a, u32 v) {
   asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory");
 }
-
-FF_DEVICE void add_shared(u32 a, u32 v) { asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
 
 // ---- barriers ----
 
@@ -254,6 +257,4 @@ FF_DEVICE u32 load_volatile(const u32* p) {
   asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-FF_DEVICE void add_global(u32* p, u32 v) { asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-FF_DEVICE void add_global(u64* p, u64 v) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
 FF_DEVICE void store_host(u64* p, u64 v) { asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ...tokenizer import Tokenizer
 
 BLOCK = 1 << 18  # values that are drawn together: their intermediates stay in the cache of a core
+FIRST_E4M3 = 0x70  # 128
 VECTOR_SCALE = np.float32(0.2)  # norm weights lie in 1 +- this, biases in 0 +- this
 
 
@@ -75,6 +76,11 @@ def code_values(format: Format) -> np.ndarray:
     return codes.astype(np.float32) - 8 if format.bits == 4 else codes.view(np.int8).astype(np.float32)
 
 
+def drawn_bytes(format: Format, base: np.float32) -> tuple[int, int]:
+    """Of scales of one byte: (the first that is drawn, how many of those that follow): all of e4m3 from 128, or two exponents."""
+    return (FIRST_E4M3, 8) if format.scale == "e4m3" else (int(np.float32(base).view(np.uint32)) >> 23, 2)
+
+
 @lru_cache
 def replacement(format: Format) -> tuple[int, int]:
     """(a, b): drawing code a for code b brings the mean nearest to zero. A matrix whose values have a mean has one direction in which
@@ -118,10 +124,13 @@ class RandomWeights(Checkpoint):
         scale = np.float32(np.sqrt(3.0 / shape[1])) if len(shape) == 2 else VECTOR_SCALE
         return zlib.crc32(name.encode()) ^ self.seed, scale
 
-    def code_stream(self, name: str) -> tuple[int, int, np.float32]:
-        """(seed of the codes, seed of the scales, smallest scale) of a matrix in codes."""
+    def code_stream(self, name: str) -> tuple[int, int, np.float32, np.float32]:
+        """(seed of the codes, seed of the scales, about the smallest scale, what a row is divided by) of a matrix in codes."""
         seed = self.stream(name)[0]
-        return seed, seed ^ 0x5CA1E, np.float32(0.8 / (self._deviation * np.sqrt(self.spec(name).shape[1])))
+        base = np.float32(0.8 / (self._deviation * np.sqrt(self.spec(name).shape[1])))
+        # NOTE: matrices of one stage differ in their divisors, as those of checkpoints do.
+        divisor = np.float32(128) / base * np.float32(1 + seed % 16 / 64) if self.format.divisor_bytes else np.float32(1)
+        return seed, seed ^ 0x5CA1E, base, divisor
 
     def form(self, name: str, rows: slice | None = None) -> Form | None:
         """See `Checkpoint.form`."""
@@ -130,14 +139,18 @@ class RandomWeights(Checkpoint):
             return None
         first, last, _ = (rows or slice(None)).indices(shape[0])
         count, columns, groups = max(last - first, 0), shape[1], format.groups(shape[1])
-        code_seed, scale_seed, base = self.code_stream(name)
+        code_seed, scale_seed, base, divisor = self.code_stream(name)
         codes = draw_codes(first * columns, count * columns, code_seed, format).reshape(count, columns)
-        parts = (random_bits(first * groups, count * groups, scale_seed) & np.uint32(255)).astype(np.float32)
-        drawn = (base * (np.float32(1) + parts * np.float32(1 / 512))).astype(SCALES[format.scale])
+        bits, type = random_bits(first * groups, count * groups, scale_seed), SCALES[format.scale]
+        if type.itemsize == 1:
+            byte, number = drawn_bytes(format, base)
+            drawn = (np.uint32(byte) + bits % np.uint32(number)).astype(np.uint8).view(type)
+        else:
+            drawn = (base * (np.float32(1) + (bits & np.uint32(255)).astype(np.float32) * np.float32(1 / 512))).astype(type)
         scale = drawn.astype(np.float32).reshape(count, groups)
         group = format.group or columns
         if format.kind == "table":
-            return Table(codes, np.array(format.table, np.float32), group, scale)
+            return Table(codes, np.array(format.table, np.float32), group, scale, float(divisor))
         if format.kind == "int" and format.bits == 4:
             return Affine(codes, 4, group, scale, zero=np.full_like(scale, 8, np.int16))
         return Scaled(codes.view(np.int8 if format.kind == "int" else ml_dtypes.float8_e4m3fn), (1, group), scale)

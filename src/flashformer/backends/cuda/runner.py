@@ -1,4 +1,7 @@
-"""A model on the GPU: allocate once, then one launch of the whole-model kernel a call."""
+"""A model on the GPU: allocate once, then one launch of the whole-model kernel a call.
+
+The kernel has one column: what `run` is given goes through it sequence after sequence, in launches of a few tokens (`turns.py`).
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,18 @@ import ml_dtypes
 import numpy as np
 
 from ...errors import DeviceError
+from ...geometry import round_up
 from ...ops.attention import CODES
 from ...ops.rope import rope_table
 from ...plan import BLOCK_POSITIONS, Plan
 from ...tape import Tape, lay_tapes
-from .. import GREEDY, Progress, RunStats, no_progress
-from ..sampling import MAX_LOGPROBS, NOTHING, REPORT_WORDS, Flag, Sampling, SamplingStruct, Scores, checked_token, read_report
-from .codegen import HISTOGRAM_WORDS, TILE_BITS, Params, Source, generate, threads
+from .. import GREEDY, Made, Progress, RunStats, Turn, no_progress
+from ..sampling import NOTHING, REPORT_WORDS, Flag, Sampling, SamplingStruct, Scores, checked_token, read_report
+from .codegen import ROUND_TAGS, TILE_BITS, Params, Source, generate, threads
 from .compile import Kernel, compile_source
 from .driver import Context, DeviceInfo, check, probe
 from .pack import KINDS, THREADS, Packer, Weights, gather_vectors, pack_words
+from .turns import run_turns
 
 MAX_STOP = 64  # stop tokens of a launch
 LOGIT_ROWS = 64  # positions of a launch that returns logits
@@ -61,6 +66,7 @@ class CudaRunner:
 
     def __init__(self, plan: Plan, weights: Weights, progress: Progress = no_progress) -> None:
         self.plan = plan
+        self.columns, self.slots = plan.columns, plan.slots
         self.stats = RunStats()
         self.info = device_for(plan)
         self.source: Source = generate(plan)
@@ -82,13 +88,13 @@ class CudaRunner:
         plan, context = self.plan, self.context
         tape: Tape = lay_tapes(plan)
         embedding_bytes = plan.embedding_bytes() + 2  # the kernels convert two values at a time
-        kv_bytes = plan.config.num_layers * plan.kv.layer_bytes
+        kv_bytes = plan.kv_bytes()
         needed = tape.nbytes + embedding_bytes + kv_bytes + (256 << 20)
         free = context.free_bytes()
         if needed > free:
             raise DeviceError(
                 f"the model needs {needed / 1e9:.1f} GB on the GPU ({(tape.nbytes + embedding_bytes) / 1e9:.1f} weights, "
-                f"{kv_bytes / 1e9:.1f} KV cache for {plan.max_context} positions), {free / 1e9:.1f} are free; "
+                f"{kv_bytes / 1e9:.1f} KV cache for {plan.slots} x {plan.max_context} positions), {free / 1e9:.1f} are free; "
                 "choose a smaller --max-context or a smaller model"
             )
         self.function = self.ready(self.kernel, plan)
@@ -106,6 +112,7 @@ class CudaRunner:
 
         entries = chunk_table(plan, tape)
         head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
+        self.kv = context.allocate(kv_bytes, "the KV cache", fill=0)  # [slots]; a launch is told where its slot begins
         self.token_address, tokens = context.allocate_pinned(8 * (plan.max_context + 1), "tokens", fill=0)
         self.tokens = tokens.view(np.uint64)
         cancel_address, cancel = context.allocate_pinned(64, "the cancel flag", fill=0)
@@ -127,7 +134,7 @@ class CudaRunner:
             vectors=context.upload(vectors, "norms and biases"),
             embedding=embedding,
             rope=context.upload(rope.result(), "rotary table"),
-            kv=context.allocate(kv_bytes, "the KV cache", fill=0),
+            kv=self.kv,
             exchange=context.allocate(self.exchange_bytes, "exchanges", fill=0),
             forced=self.forced,
             stop=self.stop,
@@ -174,7 +181,7 @@ class CudaRunner:
         self.context.use()
         p = self.params
         # Tags must never repeat: before they would wrap, the exchange memory is cleared and counting starts again.
-        if (p.epoch + steps + 1) * (self.plan.config.num_layers + 1) >= 1 << 32:
+        if (p.epoch + steps + 1) * max(self.plan.config.num_layers + 1, ROUND_TAGS) >= 1 << 32:
             self._clear_exchange()
         self._inputs = [  # alive until the copies are done
             (self.forced, np.array(tokens, np.uint32)),
@@ -195,6 +202,7 @@ class CudaRunner:
     def _prepare(self, sampling: Sampling, count: int) -> SamplingStruct:
         """Claim what a launch of `count` tokens uses to sample, and make it ready; what it copies is added to `_inputs`."""
         vocab, flags, context = self.plan.config.vocab_size, sampling.flags, self.context
+        rows = round_up(vocab, self.plan.target.tile_rows)  # of the head: several are read at once
 
         def claim(name: str, nbytes: int) -> int:
             if name not in self._sampling:
@@ -207,13 +215,10 @@ class CudaRunner:
                 pointers[name] = claim(name, 4 * vocab)
                 self._inputs.append((pointers[name], values))
         if flags & (Flag.TOP_K | Flag.TOP_P | Flag.MIN_P):
-            pointers["scores"] = claim("scores", 4 * vocab)
-            pointers["histograms"] = claim("histograms", 4 * HISTOGRAM_WORDS)
-            context.driver.cuMemsetD8Async(pointers["histograms"], 0, 4 * HISTOGRAM_WORDS, context.stream)
+            pointers["scores"] = claim("scores", 2 * 4 * rows)
         self._alternatives = sampling.logprobs or 0
         if flags & Flag.REPORTED:
-            pointers["raw"] = claim("raw", 2 * 4 * vocab)
-            pointers["summaries"] = claim("summaries", 8 * (1 + MAX_LOGPROBS) * self.plan.target.workers)
+            pointers["raw"] = claim("raw", 4 * rows)
             if "report" not in self._sampling:
                 words = (self.plan.max_context + 1, REPORT_WORDS)
                 self._sampling["report"], report = context.allocate_pinned(8 * words[0] * words[1], "log probabilities")
@@ -279,6 +284,30 @@ class CudaRunner:
                 sum(self.plan.token_bytes(context + i) for i in range(max(made - 1, 0))),
             )  # fmt: skip
 
+    def run(self, turns: Sequence[Turn]) -> Generator[Made, None, None]:
+        """See `Runner.run`: one turn after another, each some tokens at a time (`run_turns`)."""
+        return run_turns(self, turns)
+
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """See `Runner.copy`."""
+        kv, context = self.plan.kv, self.context
+        slot_bytes, head_bytes = self.plan.kv_bytes() // self.slots, kv.blocks * kv.block_bytes
+        nbytes = -(-positions // BLOCK_POSITIONS) * kv.block_bytes
+        context.use()
+        for at in range(0, slot_bytes if nbytes else 0, head_bytes):
+            to, origin = (self.kv + slot * slot_bytes + at for slot in (target, source))
+            check(context.driver.cuMemcpyDtoDAsync(to, origin, nbytes, context.stream), "copy a part of the KV cache")
+        context.wait()
+
+    @contextmanager
+    def in_slot(self, slot: int) -> Iterator[None]:
+        """Launch on another slot's part of the KV cache for a while."""
+        self.params.kv = self.kv + slot * (self.plan.kv_bytes() // self.slots)
+        try:
+            yield
+        finally:
+            self.params.kv = self.kv
+
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`. Raises DeviceError where they do not come, though the token did."""
         words = self.report[index]
@@ -288,8 +317,12 @@ class CudaRunner:
                 raise DeviceError(f"the log probabilities of token {index} did not come within {REPORT_SECONDS:g} s")
         return read_report(words, self._alternatives)
 
-    def logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
+    def logits(self, tokens: Sequence[int], start: int, slot: int = 0) -> np.ndarray:
         """See `Runner.logits`."""
+        with self.in_slot(slot):
+            return self._logits(tokens, start)
+
+    def _logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
         vocab = self.plan.config.vocab_size
         out = np.empty((len(tokens), vocab), np.float32)
         self.context.use()

@@ -1,0 +1,111 @@
+"""Turns for a kernel of one column: each goes through it alone, and they take turns after a few tokens."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Generator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from ...errors import DeviceError, ScoreError
+from .. import GREEDY, Made, Turn
+from ..sampling import Sampling, Scores
+
+QUANTUM = 16  # tokens that a turn makes while others wait
+PIECE = 256  # tokens of a prompt that one launch is fed: what a cancelled turn may have to compute again
+
+
+class OneColumn(Protocol):
+    """What `run_turns` needs of a runner."""
+
+    slots: int
+
+    def generate(
+        self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
+    ) -> Generator[int, None, None]:
+        """See `Runner.generate`."""
+        ...
+
+    def scores(self, index: int) -> Scores:
+        """See `Runner.scores`."""
+        ...
+
+    def in_slot(self, slot: int) -> AbstractContextManager[None]:
+        """Launch in a slot other than 0 for a while."""
+        ...
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """How far a turn is."""
+
+    number: int
+    turn: Turn
+    made: list[int]
+    sampling: Sampling
+
+    def take(self, token: int) -> None:
+        """A token was made: penalties know it from now on."""
+        self.made.append(token)
+        if self.sampling.seen is not None:
+            self.sampling.seen[token] += 1
+
+
+def run_turns(runner: OneColumn, turns: Sequence[Turn]) -> Generator[Made, None, None]:
+    """`Runner.run` by way of `generate`: QUANTUM tokens of each turn after the other, all of them where it is alone.
+
+    A prompt is fed in pieces. Raises DeviceError for slots that are not there or not different, and for drafts, which need columns.
+    """
+    slots = [turn.slot for turn in turns]
+    if not turns or len(set(slots)) < len(slots) or not 0 <= min(slots) <= max(slots) < runner.slots:
+        raise DeviceError(f"turns need slots of their own out of {runner.slots}, not {slots}")
+    if any(turn.drafts for turn in turns):
+        raise DeviceError("this kernel has one column, which no draft can share")
+    began = time.perf_counter()
+    waiting = deque(_Sequence(i, turn, [], _own(turn.sampling)) for i, turn in enumerate(turns))
+    while waiting:
+        one = waiting.popleft()
+        if one.turn.cancelled:
+            continue
+        if (yield from _some(runner, one, began, QUANTUM if waiting else one.turn.count)):
+            waiting.append(one)
+
+
+def _own(sampling: Sampling) -> Sampling:
+    """With counts that may be changed."""
+    return sampling if sampling.seen is None else replace(sampling, seen=np.array(sampling.seen))
+
+
+def _some(runner: OneColumn, one: _Sequence, began: float, most: int) -> Generator[Made, None, bool]:
+    """A launch of one turn; whether it goes on."""
+    turn, length = one.turn, len(one.turn.tokens)
+    with runner.in_slot(turn.slot):
+        if length - turn.fed > PIECE:
+            piece = turn.tokens[turn.fed : turn.fed + PIECE]
+            for _ in runner.generate(piece, turn.start + turn.fed, 1, ()):
+                pass  # what follows is known
+            turn.fed += len(piece)
+            return True
+        fed = turn.tokens[turn.fed :] if turn.fed < length else one.made[-1:]
+        start, count = turn.start + turn.fed, min(most, turn.count - len(one.made))
+        before = len(one.made)
+        try:
+            with closing(runner.generate(fed, start, count, turn.stop, one.sampling)) as tokens:
+                for token in tokens:
+                    index = len(one.made) - before
+                    scores = runner.scores(index) if turn.sampling.logprobs is not None else None
+                    one.take(token)
+                    yield Made(one.number, token, time.perf_counter() - began, scores)
+                    if token in turn.stop or turn.cancelled:
+                        return False
+        except ScoreError as error:
+            yield Made(one.number, -1, time.perf_counter() - began, error=error)
+            return False
+        finally:
+            if len(one.made) > before:
+                turn.fed = length + len(one.made) - 1
+    return len(one.made) < turn.count

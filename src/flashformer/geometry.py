@@ -1,0 +1,149 @@
+"""How a weight matrix is cut: tiles of rows, fragments of columns, and the chunks of a tape that they are read in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .errors import PlanError
+from .formats import PLAIN, Format
+from .fuse import StageSpec
+from .targets import Target
+
+PADDING = 0.01  # most of a tape that may be zero columns, where the shape allows it
+SHARES = (1, 3 / 4, 1 / 2)  # of the largest chunk: see `choose_share`
+MORE_CHUNKS = 1.25  # than if all were as large as they can be; each has its cost
+SCALE_ROOM = 1 / 8  # of a chunk: so much larger it may be where weights have scales
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """a rounded up to a multiple of b."""
+    return ceil_div(a, b) * b
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the tiles of a linear stage are cut into fragments and shared by a worker's warps.
+
+    `warps_rows` tiles form a group and go through the worker together; within a tile, warp k of `warps_columns` owns the
+    columns [k * fragments, (k + 1) * fragments) * fragment_columns, read in `parts` nearly equal parts: one chunk each. Where there is
+    one part, `stack` groups share a chunk.
+    Behind its fragments a chunk holds their scales: tile after tile, warp after warp, group after group, those of a tile's rows. Behind
+    those of a tile are the divisors of its rows, where there are any.
+    """
+
+    tile_rows: int
+    fragment_columns: int
+    warps_rows: int
+    warps_columns: int
+    fragments: int
+    parts: int
+    format: Format = PLAIN
+    chunk_unit: int = 128  # bytes that chunks are padded to
+    stack: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Columns including the zero padding."""
+        return self.warps_columns * self.fragments * self.fragment_columns
+
+    @property
+    def fragment_bytes(self) -> int:
+        """Bytes of one fragment."""
+        return self.tile_rows * self.fragment_columns * self.format.bits // 8
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile alone on the tape."""
+        return self.bytes_of(1)
+
+    def bytes_of(self, tiles: int) -> int:
+        """Bytes with which one worker reads so many tiles."""
+        chunks, rest = divmod(tiles, self.chunk_tiles)
+        return sum(chunks * self.chunk_bytes(self.chunk_tiles, part) + self.chunk_bytes(rest, part) for part in range(self.parts))
+
+    @property
+    def chunk_tiles(self) -> int:
+        """Tiles of a whole chunk."""
+        return self.warps_rows * self.stack
+
+    def chunk_bytes(self, tiles: int, part: int) -> int:
+        """Bytes of the chunk with one part of so many tiles."""
+        fragments = self.warps_columns * self.part_sizes()[part] * self.fragment_bytes
+        return round_up(tiles * (fragments + self.scale_bytes(part)), self.chunk_unit)
+
+    def scale_bytes(self, part: int) -> int:
+        """Bytes of the scales of one tile in a part; what whole rows have comes with the last part."""
+        last = int(part == self.parts - 1)
+        groups = self.warps_columns * self.format.groups(self.part_sizes()[part] * self.fragment_columns) if self.format.group else last
+        return self.tile_rows * (groups * self.format.group_bytes + last * self.format.divisor_bytes)
+
+    def part_sizes(self) -> tuple[int, ...]:
+        """Fragments per warp in each part; the device computes the same in `part_size` (linear.cuh)."""
+        return self._part_sizes
+
+    @cached_property
+    def _part_sizes(self) -> tuple[int, ...]:
+        return tuple(self.fragments // self.parts + (i < self.fragments % self.parts) for i in range(self.parts))
+
+
+def choose_geometry(target: Target, columns: int, format: Format = PLAIN, share: float = 1) -> Geometry:
+    """The widest split of the columns over warps whose padding stays under PADDING, else the one with the least.
+
+    More warps on a tile means fewer values of x per warp and a shorter first result. share: how much of the largest chunk may be used.
+    """
+    fragment_columns = target.columns_of(format)
+    most = target.max_fragments * target.fragment_columns // fragment_columns
+    room = share * target.part_fragments * target.fragment_columns * 2  # bytes of a row
+    per_warp, stacked = max(int(room) // (target.fragment_columns * 2), 1), False
+    if format != PLAIN:  # as many bytes as of 16-bit values, and some more for scales
+        scales = format.divisor_bytes + (fragment_columns * format.group_bytes // format.group if format.group else 0)
+        per_warp = max(int(room * (1 + SCALE_ROOM)) // (fragment_columns * format.bits // 8 + scales), 1)
+        stacked = target.kind == "cuda"
+    needed = ceil_div(columns, fragment_columns)
+    options: list[tuple[float, int, int]] = []
+    split = target.warps
+    while split:
+        fragments = ceil_div(needed, split)
+        if fragments <= most:
+            options.append((split * fragments / needed - 1, split, fragments))
+        split //= 2
+    if not options:
+        raise PlanError(f"a matrix with {columns} columns is too wide for {target.name}")
+    _, split, fragments = next((o for o in options if o[0] <= PADDING), min(options))
+    return Geometry(
+        target.tile_rows, fragment_columns, target.warps // split, split, fragments, ceil_div(fragments, per_warp), format,
+        target.chunk_unit, max(per_warp // fragments, 1) if stacked else 1,
+    )  # fmt: skip
+
+
+def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[Format]) -> float:
+    """How much of the largest chunk all chunks may have, so that they fill the slots of the ring best, which have one size.
+
+    Where all is 16-bit values chunks are as large as they may be.
+    """
+    linear = [(spec.linear, format) for spec, format in zip(specs, formats, strict=True) if spec.linear]
+    if target.kind == "cpu" or all(format == PLAIN for _, format in linear):
+        return 1
+    kinds = Counter((spec.columns, spec.rows, format) for spec, format in linear)
+
+    def chunks(share: float) -> tuple[float, float]:
+        """How many there are, and how well they fill the largest."""
+        nbytes = count = largest = 0.0
+        for (columns, rows, format), stages in kinds.items():
+            g = choose_geometry(target, columns, format, share)
+            sizes = [g.chunk_bytes(g.chunk_tiles, part) for part in range(g.parts)]
+            times = rows / g.chunk_tiles * stages
+            nbytes, count, largest = nbytes + sum(sizes) * times, count + g.parts * times, max(largest, *sizes)
+        return count, nbytes / (largest * count)
+
+    fewest = chunks(1)[0]
+    able = [share for share in SHARES if chunks(share)[0] <= fewest * MORE_CHUNKS]
+    return max(able, key=lambda share: (round(chunks(share)[1], 2), share))

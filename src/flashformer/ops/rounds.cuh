@@ -1,0 +1,241 @@
+// Where all blocks meet within a token that is chosen by more than its score: in each round every block tells its part, and all
+// learn what comes of all parts. Finishers share the work; they have the shared memory of the reductions, which are over.
+#pragma once
+#include "roles.cuh"
+
+#include "sampling.hpp"
+
+// use(row, its kEach values) for every kLanes-th group of rows of the head among those that this block has, ascending.
+// NOTE: values are fetched some rows ahead: the trip is longer than what is done with them.
+template <u32 kLanes, u32 kEach, u32 kAhead = 3, class M, class Use>
+FF_DEVICE void each_row(const Finisher<M>& f, u32 lane, const float* values, Use use) {
+  constexpr u32 kRows = 4 / kEach, kStep = kLanes * kRows;
+  const uint2 tiles = f.tiles(M::kHeadTiles);
+  const u32 end = min((tiles.x + tiles.y) * 8, M::kVocab);
+  u32 row = tiles.x * 8 + lane * kRows;
+  float4 next[kAhead];
+#pragma unroll
+  for (u32 k = 0; k < kAhead; k++) next[k] = row + k * kStep < end ? *(const float4*)(values + (row + k * kStep) * kEach) : float4{};
+#pragma unroll 1
+  for (; row < end; row += kStep) {
+    float4 v = next[0];
+#pragma unroll
+    for (u32 k = 1; k < kAhead; k++) next[k - 1] = next[k];
+    if (row + kAhead * kStep < end) next[kAhead - 1] = *(const float4*)(values + (row + kAhead * kStep) * kEach);
+    if constexpr (kEach == 2) {
+      use(row, v.x, v.y);
+      if (row + 1 < end) use(row + 1, v.z, v.w);
+    } else {
+#pragma unroll 1
+      for (u32 i = row; i < min(row + kRows, end); i++) {
+        use(i, v.x);
+        v = {v.y, v.z, v.w, v.x};
+      }
+    }
+  }
+}
+
+FF_DEVICE u64 warp_min(u64 x) {
+  const u32 high = __reduce_min_sync(kAllLanes, (u32)(x >> 32));
+  return join(__reduce_min_sync(kAllLanes, (u32)(x >> 32) == high ? (u32)x : ~0u), high);
+}
+
+// What a block tells in a round, and what comes of all: the words have other meanings in the first round than in later ones.
+struct Part {
+  static constexpr int kWords = 10;
+  u64 candidate;  // `ranked`: the best score, and its token
+  u32 order;      // of the candidate's logit
+  u32 news;       // first round: is the launch cancelled? Later the largest order within `probe` that a token has
+  u32 count[2];  // first round: the orders of the largest logit and of the largest one as the model gives them
+  u64 mass[2];   // first round: [0] as a float, the sum of exponentials of what the model gives, relative to its largest one
+
+  static FF_DEVICE Part of(u64 candidate, bool first) {  // and nothing else
+    return {candidate, ~0u, 0, {first ? ~0u : 0, first ? ~0u : 0}, {0, 0}};
+  }
+  static FF_DEVICE Part nothing(bool first) { return of(kNothing, first); }
+  static FF_DEVICE Part unpack(const u32 (&w)[kWords]) {
+    return {join(w[0], w[1]), w[2], w[3], {w[4], w[5]}, {join(w[6], w[7]), join(w[8], w[9])}};
+  }
+  FF_DEVICE void pack(u32 (&w)[kWords]) const {
+    const u32 words[kWords] = {(u32)candidate, (u32)(candidate >> 32), order, news, count[0], count[1],
+                               (u32)mass[0], (u32)(mass[0] >> 32), (u32)mass[1], (u32)(mass[1] >> 32)};
+#pragma unroll
+    for (int i = 0; i < kWords; i++) w[i] = words[i];
+  }
+
+  FF_DEVICE float score() const { return logit_of((u32)(candidate >> 32)); }
+  FF_DEVICE u32 token() const { return (u32)candidate; }
+  FF_DEVICE float sum() const { return __uint_as_float((u32)mass[0]); }
+  FF_DEVICE float sum(u32 largest) const {  // relative to another one. NOTE: of nothing, and infinity - infinity, come no NaN
+    const float factor = exp2_approx((logit_of(count[1]) - logit_of(largest)) * kLog2E);
+    return sum() > 0 && count[1] != largest ? sum() * factor : sum();
+  }
+
+  FF_DEVICE void add_logit(float x) { merge({kNothing, ~0u, 0, {~0u, order_of(x)}, {__float_as_uint(1.f), 0}}, true); }
+  FF_DEVICE void merge(const Part& o, bool first) {
+    if (o.candidate < candidate) {
+      candidate = o.candidate;
+      order = o.order;
+    }
+    news = news > o.news ? news : o.news;
+    if (first) {
+      const u32 largest = min(count[1], o.count[1]);
+      mass[0] = __float_as_uint(sum(largest) + o.sum(largest));
+      count[0] = min(count[0], o.count[0]);
+      count[1] = largest;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        count[i] += o.count[i];
+        mass[i] += o.mass[i];
+      }
+    }
+  }
+  // With those of all lanes.
+  FF_DEVICE void merge_lanes(bool first) {
+    const u64 best = warp_min(candidate);
+    order = __reduce_min_sync(kAllLanes, candidate == best ? order : ~0u);
+    candidate = best;
+    news = __reduce_max_sync(kAllLanes, news);
+    if (first) {
+      const u32 largest = __reduce_min_sync(kAllLanes, count[1]);
+      mass[0] = __float_as_uint(warp_sum(sum(largest)));
+      count[0] = __reduce_min_sync(kAllLanes, count[0]);
+      count[1] = largest;
+    } else {
+      constexpr int kLow = 27;  // bits whose sum fits
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        count[i] = __reduce_add_sync(kAllLanes, count[i]);
+        const u32 low = __reduce_add_sync(kAllLanes, (u32)mass[i] & ((1u << kLow) - 1));
+        mass[i] = ((u64)__reduce_add_sync(kAllLanes, (u32)(mass[i] >> kLow)) << kLow) + low;
+      }
+    }
+  }
+};
+
+constexpr int kMostListed = kMostReported * (kMostReported + 1) / 2;  // tokens that a report's lists hold: see report.cuh
+
+template <class M, class S>
+struct Rounds {
+  static constexpr int kOwn = 0, kAll = kOwn + M::kFinishers * Part::kWords * 4;  // parts of the finishers: of this block, of all
+  static constexpr int kBest = kAll + M::kFinishers * Part::kWords * 4;           // [blocks] orders of: the largest logit, the likeliest
+  static constexpr int kList = kBest + M::kWorkers * 8;                           // of the report
+  static constexpr u64 kGivenUp = 0;  // in the place of a candidate, better than any: a wait took too long
+  static constexpr int kSoftmax = kList + kMostListed * 8;  // (largest, sum of exponentials) of the logits as the model gives them
+  static constexpr int kEnd = kSoftmax + 8;
+  static_assert(kEnd <= Layout<M>::kResidual && Part::kWords == S::kPartWords, "see codegen.py");
+
+  // All blocks' parts as one. NOTE: two copies by round, since a fast block may be a round ahead of a slow one, and two by token.
+  static FF_DEVICE Part meet(Finisher<M>& f, u32 step, u32 round, Part mine) {
+    const u32 epoch = f.p.epoch + Block<M>::fresh(step), tag = epoch * S::kRoundTags + round % S::kRoundTags;
+    u64* parts = f.words(S::kRounds) + (epoch % 2 * 2 + round % 2) * M::kWorkers * Part::kWords;
+    const bool first = round == 0;
+    // NOTE: a loop, so that the code is there once.
+#pragma unroll 1
+    for (int place = kOwn; place <= kAll; place += kAll - kOwn) {
+      if (place == kAll) mine = look(f, parts, tag, first);
+      mine = merge_finishers(f, place, mine, first);
+      if (place == kOwn && f.index == 0 && f.lane == 0) publish(f, parts, tag, mine, first);
+      __syncwarp();
+    }
+    return mine;
+  }
+
+  // An order that the best tokens of at least n blocks have or surpass, to 16 bits; `which`: 0 by their logits, 1 by those of the model
+  // itself. ~0 where there are fewer blocks.
+  static FF_DEVICE u32 nth_best(const Finisher<M>& f, u32 which, u32 n) {
+    if (n > M::kWorkers) return ~0u;
+    u32 best[kEach], value = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      const u32 block = f.lane + i * 32;
+      best[i] = block < M::kWorkers ? load_shared(f.shared + kBest + block * 8 + which * 4) : ~0u;
+    }
+#pragma unroll 1
+    for (u32 bit = 1u << 31; bit > 0xffff; bit >>= 1) {
+      u32 below = 0;
+#pragma unroll
+      for (int i = 0; i < kEach; i++) below += best[i] < (value | bit) ? 1 : 0;
+      if (__reduce_add_sync(kAllLanes, below) < n) value |= bit;
+    }
+    return value | 0xffff;
+  }
+
+ private:
+  static constexpr int kEach = ceil_div((int)M::kWorkers, 32);
+
+  static FF_DEVICE void publish(const Finisher<M>& f, u64* parts, u32 tag, Part& mine, bool first) {
+    const Sampling& s = f.p.sampling;
+    if (s.flags & kSelected && mine.token() < M::kVocab) mine.order = order_of(s.scores[2 * mine.token()]);
+    if (first && blockIdx.x == 0 && load_volatile(f.p.cancel)) mine.news = 1;
+    u32 w[Part::kWords];
+    mine.pack(w);
+#pragma unroll
+    for (int i = 0; i < Part::kWords; i += 2) store_words(parts + blockIdx.x * Part::kWords + i, w[i], w[i + 1], tag);
+  }
+
+  // This finisher's share of all blocks' parts.
+  static FF_DEVICE Part look(const Finisher<M>& f, const u64* parts, u32 tag, bool first) {
+    constexpr u32 kLanes = M::kFinishers * 32;
+    Looks<M> looks(f.looks_place(S::kWhere));
+    Part sum = Part::nothing(first);
+    // NOTE: one block after the other, since two would take too many registers.
+#pragma unroll 1
+    for (u32 block = f.index * 32 + f.lane; block - f.lane < M::kWorkers; block += kLanes) {
+      const bool exists = block < M::kWorkers;
+      u32 values[Part::kWords];
+      bool here;
+      do {
+        if (!looks.again(f.watch)) {
+          sum.candidate = kGivenUp;
+          return sum;
+        }
+        u64 w[Part::kWords];
+        here = true;
+#pragma unroll
+        for (int i = 0; i < Part::kWords; i += 2) {
+          w[i] = w[i + 1] = join(0, tag);
+          if (exists) load_words(parts + block * Part::kWords + i, w[i], w[i + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < Part::kWords; i++) {
+          here = here && split(w[i]).tag == tag;
+          values[i] = split(w[i]).value;
+        }
+      } while (!looks.found(here, f.lane));
+      if (!exists) break;
+      const Part part = Part::unpack(values);
+      if (first) {
+        store_shared(f.shared + kBest + block * 8, part.count[0]);
+        store_shared(f.shared + kBest + block * 8 + 4, part.count[1]);
+      }
+      sum.merge(part, first);
+    }
+    __syncwarp();
+    return sum;
+  }
+
+  // The parts of all lanes of all finishers as one.
+  static FF_DEVICE Part merge_finishers(const Finisher<M>& f, int place, Part mine, bool first) {
+    // NOTE: a loop, so that the code is there once.
+#pragma unroll 1
+    for (bool met = false;; met = true) {
+      mine.merge_lanes(first);
+      if (met) return mine;
+      u32 w[Part::kWords];
+      mine.pack(w);
+      if (f.lane == 0)
+#pragma unroll
+        for (int i = 0; i < Part::kWords; i++) store_shared(f.shared + place + (f.index * Part::kWords + i) * 4, w[i]);
+      f.sync();
+      mine = Part::nothing(first);
+      if (f.lane < M::kFinishers) {
+#pragma unroll
+        for (int i = 0; i < Part::kWords; i++) w[i] = load_shared(f.shared + place + (f.lane * Part::kWords + i) * 4);
+        mine = Part::unpack(w);
+      }
+      __syncwarp();
+    }
+  }
+};

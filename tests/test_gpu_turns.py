@@ -1,0 +1,43 @@
+"""Several sequences on a real GPU: slots, turns and copies change no token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import flashformer
+from flashformer import Engine, SamplingParams
+from flashformer.check import sample_tokens
+from model_files import make_config, write_folder
+
+pytestmark = pytest.mark.gpu
+
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.9, seed=1, repetition_penalty=1.2)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = write_folder(tmp_path_factory.mktemp("model"), make_config(vocab_size=300))
+    with flashformer.load(folder, "cuda", 256, slots=3) as engine:
+        yield engine
+
+
+def test_a_list_gives_what_each_prompt_gives_alone(engine: Engine) -> None:
+    prompts = [[5, 6, i] for i in range(7)]
+    alone = [[r.token for r in engine.generate(prompt, PARAMS)] for prompt in prompts]
+    made: list[list[int]] = [[] for _ in prompts]
+    for index, result in engine.generate(prompts, [PARAMS] * len(prompts)):
+        made[index].append(result.token)
+    assert made == alone
+
+
+def test_slots_hold_their_own_and_copies_are_exact(engine: Engine) -> None:
+    runner, tokens = engine.runner, sample_tokens(engine.config, 90, seed=2)
+    whole = runner.logits(tokens, 0, 0)
+    assert np.array_equal(runner.logits(tokens, 0, 2), whole)
+    runner.logits(tokens[::-1], 0, 1)
+    assert np.array_equal(runner.logits(tokens[50:], 50, 2), whole[50:])
+    runner.copy(2, 1, 37)
+    assert np.array_equal(runner.logits(tokens[37:], 37, 1), whole[37:])
