@@ -30,7 +30,10 @@ def describe_stats(engine: Engine) -> str:
         return f"{prompt}\ntoo few tokens were made to measure a speed"
     ceiling = engine.runner.read_bandwidth()
     rate = s.bytes_read / s.generate_seconds / 1e9
-    guessed = f"\n{s.accepted} of {s.drafted} guessed tokens were right: {s.speedup:.2f} times as fast as without" if s.drafted else ""
+    guessed = ""
+    if s.drafted:
+        pace = f"about {s.speedup:.2f} times the pace of its launches without guesses"
+        guessed = f"\n{s.accepted} of {s.drafted} guessed tokens were right: {pace}"
     return (
         f"{prompt}\n{(s.generated_tokens - 1) / s.generate_seconds:.1f} tokens/s on {engine.device.name}: {rate:.1f} GB/s, "
         f"{rate / ceiling:.0%} of the {ceiling:.1f} GB/s that a plain read reaches{guessed}"
