@@ -18,11 +18,9 @@ from flashformer.check import Comparison, check_runner, compare, sample_tokens
 from flashformer.checkpoint import open_checkpoint
 from flashformer.formats import NAMED, PLAIN, choose
 from flashformer.models import build_graph
-from flashformer.plan import make_plan
 from flashformer.reference import Reference
 from flashformer.shapes import shape
 from flashformer.targets import Target, get
-from flashformer.validate import validate
 from model_files import make_config, write_folder
 from quant_models import FORMS, QuantizedCheckpoint
 from running import assert_near, run_checkpoint
@@ -90,15 +88,9 @@ def test_random_weights(name: str, older: str | None, record_property: Callable[
     target = replace(get(older), arch=info.target.arch) if older else info.target
     config = replace(shape("llama-3.1-8b"), num_layers=2, vocab_size=4099, max_positions=1024)
     weights = RandomWeights(config, format=NAMED[name])
-    graph = build_graph(config)
-    plan = make_plan(config, graph, target, 1024, info.workers, weights.formats)
-    validate(plan)
-    runner = load_runner(plan, weights)
-    try:
+    with run_checkpoint(weights, load_runner, target, 1024, info.workers, weights.formats) as (runner, _):
         for key, value in check_kernel(runner, weights).items():
             record_property(key, value)
-    finally:
-        runner.close()
 
 
 @pytest.mark.parametrize(("name", "plain_head"), [("int4", False), ("mxfp4", True), ("mxfp4", False), ("nvfp4", False)])
@@ -107,13 +99,8 @@ def test_a_head_that_is_the_embedding(name: str, plain_head: bool) -> None:
     assert info is not None and info.target is not None
     config = replace(shape("llama-3.2-1b"), num_layers=2, vocab_size=4099, max_positions=1024)
     weights = RandomWeights(config, format=NAMED[name], plain_head=plain_head)
-    plan = make_plan(config, build_graph(config), info.target, 1024, info.workers, weights.formats)
-    validate(plan)
-    runner = load_runner(plan, weights)
-    try:
+    with run_checkpoint(weights, load_runner, info.target, 1024, info.workers, weights.formats) as (runner, _):
         assert check_kernel(runner, weights)
-    finally:
-        runner.close()
 
 
 def test_divisors_of_each_matrix(tmp_path: Path, judge: Judge) -> None:

@@ -155,7 +155,7 @@ inline u32 prmt(u32 a, u32 b, u32 selector) {
   }
   return r;
 }
-inline u32 larger_halves(u32 a, u32 b) { return max(a & 0xffff0000u, b & 0xffff0000u) | max(a & 0xffff, b & 0xffff); }
+inline u32 larger_of_halves(u32 a, u32 b) { return max(a & 0xffff0000u, b & 0xffff0000u) | max(a & 0xffff, b & 0xffff); }
 inline u32 halves_of_e4m3(u16 pair) {
   const auto half = [](u32 v) { return Float16::unpack(u16((v & 0x80) << 8 | (v & 0x7f) << 7)) * 256; };
   return Float16::pack(half(pair & 255), half(pair >> 8));

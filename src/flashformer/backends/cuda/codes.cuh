@@ -181,6 +181,31 @@ struct FullTable : Nibbles<FullTable<V>> {
 
 // ---- the product ----
 
+FF_DEVICE u32 larger_halves(u32 a, u32 b) {
+  u32 r;
+#if __CUDA_ARCH__ >= 900
+  asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+#else
+  const u32 high = (a & 0xffff0000u) > (b & 0xffff0000u) ? a & 0xffff0000u : b & 0xffff0000u;
+  const u32 low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;
+  r = high | low;
+#endif
+  return r;
+}
+
+// The largest magnitude of a warp's 16-bit values, as their bits: these have the same order, and a NaN is larger than all.
+template <int n>
+FF_DEVICE u32 warp_largest(const u32 (&pairs)[n][2]) {
+  u32 top = 0;
+#pragma unroll
+  for (int i = 0; i < n; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) top = larger_halves(top, pairs[i][j] & 0x7fff7fffu);
+  top = (top >> 16) > (top & 0xffff) ? top >> 16 : top & 0xffff;
+  asm("redux.sync.max.u32 %0, %0, 0xffffffff;" : "+r"(top));
+  return top;
+}
+
 // x as fp16 and what belongs to it: made once a stage from the words that were gathered.
 // NOTE: fp16 holds 3 bits more than bf16, but not its range: x is scaled by a power of two so that the largest value of a warp fits. What is
 // lost is below 2^-29 of that value.
@@ -203,13 +228,7 @@ struct CodedOperand {
 #pragma unroll
     for (int i = 0; i < kSlices; i++) value[i][0] = from.value[i][0], value[i][1] = from.value[i][1];
     if constexpr (!M::Value::kIsHalf) {
-      u32 top = 0;
-#pragma unroll
-      for (int i = 0; i < kSlices; i++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) top = larger(top, value[i][j] & 0x7fff7fffu);
-      top = (top >> 16) > (top & 0xffff) ? top >> 16 : top & 0xffff;
-      asm("redux.sync.max.u32 %0, %0, 0xffffffff;" : "+r"(top));
+      const u32 top = warp_largest(value);
       const u32 exponent = 268 - (top >> 7) < 253 ? 268 - (top >> 7) : 253;  // the largest value becomes 2^14 to 2^15
       const float scale = __uint_as_float(exponent << 23);
       unscale *= __uint_as_float((254 - exponent) << 23);
@@ -243,11 +262,6 @@ struct CodedOperand {
 
  private:
   static constexpr u32 kOnes = 0x3c003c00u;
-  static FF_DEVICE u32 larger(u32 a, u32 b) {  // of two pairs of bf16, not negative
-    u32 r;
-    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-  }
 };
 
 // Where a lane finds the scale of its row and columns in a part of `size` slices: tile after tile, warp after warp, group after group. Scales of
@@ -313,6 +327,21 @@ struct Loaded {
   }
 };
 
+// What comes once for a lane's row, with the last part, and is applied to the sum of all.
+template <class S>
+struct WholeRow {
+  using F = typename S::Format;
+  typename F::Scale::Raw scale, offset;  // where all columns have one
+  float divisor;
+
+  template <int size, bool kLast>
+  FF_DEVICE void take(const Loaded<S, size, kLast>& part) {
+    if constexpr (F::kGroup == 0 && kLast) scale = part.scale[0][0], offset = part.offset[0][0];
+    if constexpr (F::Scale::kDivided && kLast) divisor = part.divisor;
+  }
+  FF_DEVICE float divided(float sum) const { return F::Scale::kDivided ? __fdividef(sum, divisor) : sum; }
+};
+
 // One lane's part of the product of a tile with x.
 template <class M, class S>
 struct CodedProduct {
@@ -324,8 +353,7 @@ struct CodedProduct {
 
   float total = 0;
   float set[4][4];  // where all columns have one scale: sums over all slices
-  Raw row_scale, row_offset;
-  float divisor;
+  WholeRow<S> row;
 
   FF_DEVICE CodedProduct() {
     if constexpr (F::kGroup == 0) clear();
@@ -348,13 +376,12 @@ struct CodedProduct {
         total = scaled(total, both(t), 1, x.sum[first + i][0], x.sum[first + i][kPlain], part.scale[i][0], part.offset[i][0]);
       }
     }
-    if constexpr (F::kGroup == 0 && kLast) row_scale = part.scale[0][0], row_offset = part.offset[0][0];
-    if constexpr (Scale::kDivided && kLast) divisor = part.divisor;
+    row.take(part);
   }
 
   FF_DEVICE float result(u32 lane, const X& x) {
-    if constexpr (F::kGroup == 0) total = scaled(0, both(lane & 3), 1, x.sum[0][0], x.sum[0][kPlain], row_scale, row_offset);
-    return Scale::kDivided ? __fdividef(total * x.unscale, divisor) : total * x.unscale;
+    if constexpr (F::kGroup == 0) total = scaled(0, both(lane & 3), 1, x.sum[0][0], x.sum[0][kPlain], row.scale, row.offset);
+    return row.divided(total * x.unscale);
   }
 
  private:

@@ -99,7 +99,7 @@ struct IntegerOperand {
 
   template <class X>
   FF_DEVICE void prepare(const X& from, u32 lane) {
-    const float magnitude = largest(from);
+    const float magnitude = T::unpack((u16)warp_largest(from.value));
     u32 exponent = __float_as_uint(magnitude) >> 23;  // the largest value becomes 2^13 to 2^14
     exponent = exponent < 20 ? 20 : exponent;
     const float scale = __uint_as_float((267 - exponent) << 23);
@@ -141,29 +141,6 @@ struct IntegerOperand {
     if constexpr (T::kIsHalf) return T::unpack((u16)(i ? pair >> 16 : pair));
     return __uint_as_float(i ? pair & 0xffff0000u : pair << 16);
   }
-  // The largest magnitude of the warp's values.
-  template <class X>
-  static FF_DEVICE float largest(const X& from) {
-    u32 top = 0;
-#pragma unroll
-    for (int i = 0; i < kSlices; i++)
-#pragma unroll
-      for (int j = 0; j < 2; j++) top = larger(top, from.value[i][j] & 0x7fff7fffu);
-    top = (top >> 16) > (top & 0xffff) ? top >> 16 : top & 0xffff;
-    asm("redux.sync.max.u32 %0, %0, 0xffffffff;" : "+r"(top));
-    return T::unpack((u16)top);
-  }
-  static FF_DEVICE u32 larger(u32 a, u32 b) {  // of two pairs, not negative: as integers they have the same order
-    u32 r;
-#if __CUDA_ARCH__ >= 900
-    asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-#else
-    const u32 high = (a & 0xffff0000u) > (b & 0xffff0000u) ? a & 0xffff0000u : b & 0xffff0000u;
-    const u32 low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;
-    r = high | low;
-#endif
-    return r;
-  }
 };
 
 // One lane's part of the product of a tile with x.
@@ -177,8 +154,7 @@ struct IntegerProduct {
 
   float total = 0;
   int set[4] = {};  // where all columns have one scale: over all slices
-  Raw row_scale, row_offset;
-  float divisor;
+  WholeRow<S> row;
 
   // Add the product of a part whose first slice is `first`.
   template <int first, int size, bool kLast>
@@ -190,13 +166,12 @@ struct IntegerProduct {
       for (int f = 0; f < 2; f++) mma_bytes<Code::kSigned>(set, Code::operand(part.raw[i], f), x.x[first + i][f][0], x.x[first + i][f][1]);
       if constexpr (F::kGroup != 0) total = scaled(lane, x.sum[first + i], part.scale[i][0], part.offset[i][0]);
     }
-    if constexpr (F::kGroup == 0 && kLast) row_scale = part.scale[0][0], row_offset = part.offset[0][0];
-    if constexpr (Scale::kDivided && kLast) divisor = part.divisor;
+    row.take(part);
   }
 
   FF_DEVICE float result(u32 lane, const X& x) {
-    if constexpr (F::kGroup == 0) total = scaled(lane, x.sum[0], row_scale, row_offset);
-    return Scale::kDivided ? __fdividef(total * x.factor, divisor) : total * x.factor;
+    if constexpr (F::kGroup == 0) total = scaled(lane, x.sum[0], row.scale, row.offset);
+    return row.divided(total * x.factor);
   }
 
  private:
