@@ -156,7 +156,7 @@ def quantize(
     model: str, out: Path, to: Literal["int4", "int8", "fp8", "mxfp4"], group: str | None, method: str | None,
     head: Literal["16", "same"], text: Path | None,
 ) -> None:  # fmt: skip
-    """Make a model with weights of few bits: a folder that transformers and vLLM read too (compressed-tensors).
+    """Make a model with weights of few bits: a folder in the compressed-tensors format of transformers and vLLM.
 
     int4 has groups of 128 columns (64 or 32 where those do not divide all matrices), mxfp4 of 32; int8 and fp8 have a scale a row.
     Embedding and norms stay in 16 bits. OUT must not exist, or be empty.
