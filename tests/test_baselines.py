@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import threading
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,10 +87,93 @@ def test_the_baselines_of_the_repository() -> None:
         choose_baselines(["tourch"])
 
 
-def part(name: str) -> Any:
-    """A file of benchmarks/baselines."""
+def part(name: str = "") -> Any:
+    """A file of benchmarks/baselines; without a name the package itself."""
     choose_baselines(["all"])
-    return importlib.import_module(f"{bench.PACKAGE}.{name}")
+    return importlib.import_module(f"{bench.PACKAGE}.{name}".rstrip("."))
+
+
+def test_a_baseline_says_where_it_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def deep(left: int) -> None:
+        if left:
+            deep(left - 1)
+        raise ValueError("expected ident but found ')' here:\nf(Tensor x, )")
+
+    def measure(*_: Any) -> Iterator[tuple[int, float]]:
+        yield 128, 1.0
+        try:
+            deep(20)
+        except ValueError as error:
+            raise RuntimeError("it does not compile") from error
+
+    monkeypatch.setitem(sys.modules, f"{bench.PACKAGE}.broken", types.SimpleNamespace(measure=measure))  # type: ignore[arg-type]
+    found = part().Baseline("broken", "broken", ("numpy",)).measure(SMALL, [128, 1024], 128, 5)
+    assert next(found) == (128, 1.0)
+    with pytest.raises(RuntimeError, match="does not compile"):
+        next(found)
+    told = capsys.readouterr().err
+    assert "broken failed:" in told and "f(Tensor x, )" in told and "RuntimeError: it does not compile" in told
+    assert f'{__file__}", line' in told and "in measure" in told and told.count("deep(left - 1)") < 20
+
+
+def test_what_takes_long_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, said, told = part(), [], threading.Event()
+    monkeypatch.setattr(package, "EVERY", 1e-3)
+    monkeypatch.setattr(package, "say", lambda text: (said.append(text), told.set() if " in wait " in text else None))
+    with package.telling("compiling"):
+        assert told.wait(60)
+    assert said[0] == "compiling ..." and "threading.py:" in "".join(said[1:-1]) and said[-1].startswith("compiling: done in ")
+
+
+def test_the_faster_attention_is_measured_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both on the first layers; what fails, there or whole, is told of and gives way to the other."""
+    pytest.importorskip("torch", reason="torch is not installed (extra: oracle)")
+    compiled, layers = part("torch_compile"), SMALL.num_layers
+    tried = compiled.TRIED_LAYERS
+    assert tried < layers
+    for broken, expected, calls in (
+        (set(), 7.0, [("sdpa", tried), ("flex", tried), ("flex", layers)]),
+        ({("flex", tried)}, 9.0, [("sdpa", tried), ("flex", tried), ("sdpa", layers)]),
+        ({("flex", layers)}, 9.0, [("sdpa", tried), ("flex", tried), ("flex", layers), ("sdpa", layers)]),
+        ({("flex", tried), ("sdpa", tried)}, None, [("sdpa", tried), ("flex", tried)]),
+    ):
+        seen: list[tuple[str, int]] = []
+
+        def measure(*given: Any, broken: Any = broken, seen: Any = seen) -> float:
+            seen.append(given[-2:])
+            if given[-2:] in broken:
+                raise RuntimeError(f"no kernel for {given[-2]}")
+            return 9.0 if given[-2] == "sdpa" else 7.0
+
+        monkeypatch.setattr(compiled, "_measure", measure)
+        found = compiled.measure(SMALL, [128], 16, 3, lambda config: types.SimpleNamespace(config=config))
+        if expected is None:
+            with pytest.raises(RuntimeError, match="no kernel for sdpa"):
+                next(found)
+        else:
+            assert list(found) == [(128, expected)]
+        told = capsys.readouterr().err
+        assert seen == calls and [f"{attention} attention failed" in told for attention in ("sdpa", "flex")] == [
+            any(attention == failing for failing, _ in broken) for attention in ("sdpa", "flex")
+        ]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_the_step_is_one_graph(attention: str) -> None:
+    """What PyTorch traces of it, with the first layers alone: nothing falls back to Python, and the result is the same."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: oracle)")
+    weights = RandomWeights(SMALL)
+    decoder = part("torch_compile").Decoder(SMALL, lambda weight: torch.from_numpy(weights.read(weight.name).astype(np.float32)))
+    cut = RandomWeights(replace(SMALL, num_layers=1))
+    shorter = part("torch_compile").Decoder(cut.config, lambda weight: torch.from_numpy(cut.read(weight.name).astype(np.float32)))
+    for one in (decoder, shorter):
+        torch.manual_seed(0)
+        one.allocate(16)
+    token, position = torch.tensor([3]), torch.tensor([0])
+    with torch.no_grad():
+        compiled = torch.compile(lambda t, p: decoder.step(t, p, attention, 1), backend="aot_eager", fullgraph=True, dynamic=False)
+        assert (compiled(token, position) - shorter.step(token, position, attention)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -6,16 +6,18 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from . import telling
+
 WARM_UP = 3  # runs before the capture: compilation and tuning happen in them
 
 
-def capture(step: Callable[[], None]) -> Any:
-    """A `torch.cuda.CUDAGraph` of `step`, which works in place on tensors that stay where they are."""
+def capture(step: Callable[[], None], what: str) -> Any:
+    """A `torch.cuda.CUDAGraph` of `step`, which works in place on tensors that stay where they are; `what` is said to be compiled."""
     import torch
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with telling(f"compiling {what}"), torch.cuda.stream(side):
         for _ in range(WARM_UP):
             step()
     torch.cuda.current_stream().wait_stream(side)

@@ -1,12 +1,12 @@
 """The baseline that any user of PyTorch can have: the whole decoding step compiled, a static KV cache, one CUDA graph.
 
-Coordinate-descent tuning; attention by `scaled_dot_product_attention` or by `flex_attention`, whichever is faster at a context.
+Coordinate-descent tuning; attention by `scaled_dot_product_attention` or by `flex_attention`, whichever is faster at a context. Compiling
+takes as long as a model has layers, so which one that is, the first layers alone tell.
 """
 
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -19,8 +19,10 @@ from flashformer.graph import Weight
 from flashformer.models import build_graph
 from flashformer.ops.rope import rope_table
 
+from . import places, say
 from .graphs import WARM_UP, capture, time_replays
 
+TRIED_LAYERS = 2  # that are compiled with each kind of attention
 CACHE_MULTIPLE = 128  # positions: attention kernels are slower, or copy their mask, where lengths are odd
 
 Attention = Literal["sdpa", "flex"]
@@ -89,8 +91,8 @@ class Decoder:
         self.cos, self.sin = (angles[..., i].repeat(1, 2).to(like.dtype) for i in (0, 1))
         self.places = torch.arange(length, device=like.device)
 
-    def step(self, token: torch.Tensor, position: torch.Tensor, attention: Attention) -> torch.Tensor:
-        """Logits [1, vocab] after `token` [1] at `position` [1], whose key and value go into the cache."""
+    def step(self, token: torch.Tensor, position: torch.Tensor, attention: Attention, layers: int | None = None) -> torch.Tensor:
+        """Logits [1, vocab] after `token` [1] at `position` [1], whose key and value go into the cache; `layers`: the first ones alone."""
         c = self.config
         x = F.embedding(token, self.embedding)  # [1, hidden]
         cos, sin = self.cos[position], self.sin[position]
@@ -100,7 +102,7 @@ class Decoder:
             low, high = t.chunk(2, -1)
             return t * cos + torch.cat((-high, low), -1) * sin
 
-        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
+        for layer, (keys, values) in zip(self.layers[:layers], self.cache[:layers], strict=True):
             y = F.rms_norm(x, (c.hidden_size,), layer["attention_norm"], c.norm_eps)
             q, k, v = self.linear(y, *layer["qkv"]).split([q_size, kv_size, kv_size], -1)
             q, k, v = (t.view(1, -1, 1, c.head_dim) for t in (q, k, v))
@@ -137,16 +139,7 @@ def measure(
     decoder = kind(config)
     try:
         for context in contexts:
-            found, failed = [], []
-            for attention in ATTENTIONS:
-                try:
-                    found.append(_measure(decoder, context, tokens, repeats, attention))
-                except Exception as error:
-                    warnings.warn(f"torch.compile with {attention} attention: {error}", stacklevel=2)
-                    failed.append(error)
-            if not found:
-                raise failed[0]
-            yield context, min(found)
+            yield context, _fastest(decoder, context, tokens, repeats)
     finally:
         del decoder
         torch._dynamo.reset()
@@ -154,19 +147,39 @@ def measure(
         torch.cuda.empty_cache()
 
 
-def _measure(decoder: Decoder, context: int, tokens: int, repeats: int, attention: Attention) -> float:
-    """Milliseconds per token at one context."""
+def _fastest(decoder: Decoder, context: int, tokens: int, repeats: int) -> float:
+    """Milliseconds per token with the attention whose first layers are fastest, or the next that works. Raises what none survived."""
+
+    def times(kinds: Sequence[Attention], layers: int) -> Iterator[tuple[float, Attention]]:
+        """Of those that work; others are told of."""
+        for attention in kinds:
+            try:
+                yield _measure(decoder, context, tokens, repeats, attention, layers), attention
+            except Exception as error:
+                failed.append(error)
+                say(f"{attention} attention failed:\n{places(error)}")
+
+    failed: list[Exception] = []
+    for ms, _ in times([attention for _, attention in sorted(times(ATTENTIONS, TRIED_LAYERS))], decoder.config.num_layers):
+        return ms
+    raise failed[0]
+
+
+def _measure(decoder: Decoder, context: int, tokens: int, repeats: int, attention: Attention, layers: int) -> float:
+    """Milliseconds per token at one context with so many of the layers."""
     import torch._inductor.config as inductor
 
     decoder.allocate(round_up(context + tokens + WARM_UP, CACHE_MULTIPLE))
     token, position = torch.zeros(1, dtype=torch.long, device="cuda"), torch.tensor([context], device="cuda")
 
     def step(token: torch.Tensor, position: torch.Tensor) -> None:
-        token.copy_(decoder.step(token, position, attention).argmax(-1))
+        token.copy_(decoder.step(token, position, attention, layers).argmax(-1))
         position.add_(1)
 
     torch._dynamo.reset()
     with torch.no_grad(), inductor.patch(coordinate_descent_tuning=True):
         compiled = torch.compile(step, fullgraph=True, dynamic=False)
-        graph = capture(lambda: compiled(token, position))
-    return time_replays(graph, lambda: position.fill_(context), tokens, repeats)
+        graph = capture(lambda: compiled(token, position), f"{layers} layers with {attention} attention at {context:,}")
+    ms = time_replays(graph, lambda: position.fill_(context), tokens, repeats)
+    say(f"{layers} layers with {attention} attention at {context:,}: {ms:.4f} ms/token")
+    return ms

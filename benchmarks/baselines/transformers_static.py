@@ -79,5 +79,5 @@ def _measure(model: Any, context: int, tokens: int, repeats: int) -> float:
     decoder = Decoder(model, context + tokens + WARM_UP)
     decoder.reset(context)
     with torch.no_grad():
-        graph = capture(decoder.step)
+        graph = capture(decoder.step, f"the step at {context:,}")
     return time_replays(graph, lambda: decoder.reset(context), tokens, repeats)
