@@ -253,9 +253,9 @@ def test_a_person_at_a_terminal(folder: Path) -> None:
             ("\x1b[A", "Hello"),  # the arrow that goes back in the history
             ("\x03", "Ctrl-C again or Ctrl-D leaves.\r\n> "),
         ):
-            press(ours, typed)
+            press(process.pid, ours, typed)
             until(ours, shown)
-        press(ours, "\x03")
+        press(process.pid, ours, "\x03")
         assert process.wait(60) == 0
     finally:
         process.kill()
@@ -263,9 +263,10 @@ def test_a_person_at_a_terminal(folder: Path) -> None:
         os.close(ours)
 
 
-def press(terminal: int, keys: str) -> None:
-    """Type as a person would: a Ctrl-C in the moment in which readline is still busy with the key before waits for the next key."""
-    time.sleep(0.5)
+def press(process: int, terminal: int, keys: str) -> None:
+    """Type as a person would, once the program sleeps: a Ctrl-C while readline is still busy with the key before waits for the next key."""
+    while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "SZ":
+        time.sleep(1e-3)
     os.write(terminal, keys.encode())
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -210,7 +210,8 @@ def test_closing_frees_everything_and_may_be_repeated(tmp_path: Path) -> None:
         assert held()[0] >= before[0] + 2 and held()[1] == before[1] + 1
         runner.close()
         runner.close()
-        assert held() == before
+        while held() != before:  # the system lists a thread for a moment after it has been joined
+            time.sleep(1e-3)
         again = runner.generate([5], 0, 5, ())
         for use in (lambda: next(unfinished), lambda: next(again), lambda: runner.logits([5], 0), runner.read_bandwidth):
             with pytest.raises(DeviceError, match="has been closed"):
@@ -220,69 +221,99 @@ def test_closing_frees_everything_and_may_be_repeated(tmp_path: Path) -> None:
 # --- slow, stuck, interrupted ----------------------------------------------------------------------------------------------
 
 
+class Gate:
+    """Where the second worker waits before layer 1's attention, at position 9 and from 102 on, until it may go on or others give up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reached, self.opened = folder / "reached", folder / "opened"
+
+    def code(self) -> str:
+        """What the worker does there."""
+        here = "const u32 at = worker.pass().columns[0].position; worker.index == 1 && layer == 1 && (at == 9 || at >= 102)"
+        shut = f'!worker.given_up() && access("{self.opened}", F_OK)'
+        return f'if ({here}) for (; {shut}; usleep(1000)) close(creat("{self.reached}", 0600));'
+
+    def await_worker(self) -> None:
+        """Return once it waits."""
+        while not self.reached.exists():
+            time.sleep(1e-3)
+
+    def open(self) -> None:
+        """It may go on, now and whenever it comes again."""
+        self.opened.touch()
+
+
 @pytest.fixture
-def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CpuRunner]:
-    """A runner whose second worker stops before layer 1's attention: for a second at position 9, for 10 ms from 100 on."""
-    stall = "if (const u32 at = worker.pass().columns[0].position; worker.index == 1 && layer == 1 && (at == 9 || at >= 100)) "
-    stall += "std::this_thread::sleep_for(std::chrono::milliseconds(at == 9 ? 1000 : 10));"
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path)
+
+
+@pytest.fixture
+def slow(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Iterator[CpuRunner]:
+    """A runner with a gate, which opens as a launch is told to end."""
 
     def generate(plan: Plan) -> codegen.Source:
         source = codegen.generate(plan)
         call = "worker.run<Attention<Model, stage::Attention>>(layer);"
         assert source.text.count(call) == 1
-        return replace(source, text=source.text.replace(call, f"{stall} {call}"))
+        return replace(source, text="#include <fcntl.h>\n#include <unistd.h>\n" + source.text.replace(call, f"{gate.code()} {call}"))
 
     monkeypatch.setattr("flashformer.backends.cpu.runner.generate", generate)
     with running(make(tmp_path)) as (runner, _):
+        cancel = runner._library.flashformer_cancel
+        monkeypatch.setattr(runner._library, "flashformer_cancel", lambda engine: (cancel(engine), gate.open()))
         yield runner
 
 
-def test_a_stuck_worker_ends_with_an_error_that_names_the_stage(slow: CpuRunner) -> None:
-    answer = list(slow.generate([5] * 9, 0, 1, ()))
-    slow.limit = 0.2
-    began = time.monotonic()
-    with pytest.raises(DeviceError, match=r"waited 0\.2 s for the others and gave up: stage 'attention', layer 1"):
-        list(slow.generate([5], 9, 20, ()))
-    assert time.monotonic() - began < 5
-    with pytest.raises(DeviceError, match="gave up"):
-        slow.logits([5] * 20, 0)
-    assert list(slow.generate([5] * 9, 0, 1, ())) == answer
+def test_a_stuck_worker_ends_with_an_error_that_names_the_stage(slow: CpuRunner, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "open", lambda: None)
+        answer = list(slow.generate([5] * 9, 0, 1, ()))
+        slow.limit = 0.5
+        with pytest.raises(DeviceError, match=r"waited 0\.5 s for the others and gave up: stage 'attention', layer 1"):
+            list(slow.generate([5], 9, 20, ()))
+        with pytest.raises(DeviceError, match="gave up"):
+            slow.logits([5] * 20, 0)
+        assert list(slow.generate([5] * 9, 0, 1, ())) == answer
+        gate.reached.unlink()
     slow.limit = 30.0
-    assert len(list(slow.generate([5], 9, 20, ()))) == 20
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(lambda: list(slow.generate([5], 9, 20, ())))
+        gate.await_worker()
+        gate.open()
+        assert len(made.result()) == 20
 
 
 def test_tokens_come_as_they_are_made_and_closing_stops_the_rest(slow: CpuRunner) -> None:
-    began = time.monotonic()
     tokens = slow.generate([5], 100, 150, ())
     next(tokens)
-    next(tokens)
-    assert time.monotonic() - began < 1  # all of them take 1.5 s
+    next(tokens)  # the third cannot have been made
     with pytest.raises(DeviceError, match="generating already"):
         slow.logits([5], 0)
     tokens.close()
-    assert time.monotonic() - began < 1 and 2 <= slow.stats.generated_tokens < 100
+    assert slow.stats.generated_tokens == 2 and np.count_nonzero(slow._parts[0]._arrays["seconds"]) <= 3
 
 
-def test_other_threads_go_on(slow: CpuRunner) -> None:
-    done = threading.Thread(target=slow.logits, args=([5] * 50, 100))
-    done.start()
-    turns = 0
-    while done.is_alive():
-        time.sleep(0.001)
-        turns += 1
-    assert turns > 50  # of some 500
+def test_other_threads_go_on(slow: CpuRunner, gate: Gate) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        scores = pool.submit(slow.logits, [5] * 50, 100)
+        gate.await_worker()
+        gate.open()  # else the other worker would give up
+        assert np.isfinite(scores.result()).all()
 
 
-def test_an_interrupt_is_heard(slow: CpuRunner) -> None:
+def test_an_interrupt_is_heard(slow: CpuRunner, gate: Gate) -> None:
+    def interrupt() -> None:
+        gate.await_worker()
+        os.kill(os.getpid(), signal.SIGINT)
+
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    began = time.monotonic()
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+            pool.submit(interrupt)
             slow.logits([5] * 150, 100)
     finally:
         signal.signal(signal.SIGINT, heard)
-    assert time.monotonic() - began < 1.2
     assert len(list(slow.generate([5], 0, 5, ()))) == 5
 
 

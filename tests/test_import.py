@@ -7,12 +7,10 @@ import sys
 
 
 def test_import_is_light() -> None:
-    """No torch, no CUDA, no tokenizer, no terminal library: those are imported by whoever needs them."""
+    """NumPy and its types of 16 and 8 bits, nothing else that is not Python's own: whoever needs torch, CUDA or a tokenizer imports it."""
     program = (
-        "import sys, time; began = time.perf_counter(); import flashformer; took = time.perf_counter() - began\n"
-        "heavy = {'torch', 'cuda', 'transformers', 'tokenizers', 'jinja2', 'huggingface_hub', 'rich', 'click'} & set(sys.modules)\n"
-        "print(sorted(heavy), took)"
+        "import sys; before = set(sys.modules); import flashformer\n"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
     )
-    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout for _ in range(3)]
-    assert all(run.startswith("[]") for run in runs)
-    assert min(float(run.split()[-1]) for run in runs) < 0.5
+    imported = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert imported == ["flashformer", "ml_dtypes", "numpy"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,9 +44,10 @@ def expected(folder: Path, prompts: list[list[int]], params: SamplingParams = AL
 def is_idle(engine: Engine) -> bool:
     """Whether every slot is free and nobody waits or runs."""
     s = engine._scheduler
-    deadline = time.monotonic() + 10
-    while s._thread is not None and time.monotonic() < deadline:
-        time.sleep(1e-3)
+    with s._lock:
+        thread = s._thread
+    if thread is not None:
+        thread.join(60)
     return sorted(s._free) == list(range(SLOTS)) and not s._waiting and not s._active and s._thread is None
 
 
@@ -139,7 +139,8 @@ def test_a_common_prefix_is_copied(engine: Engine, folder: Path) -> None:
     text = [(7 * i) % 300 for i in range(40)]
     list(engine.generate([*text, 1], ALL))
     (slot,) = {i for i, cached in enumerate(engine._scheduler.cached) if cached}
-    streams = [engine.stream([*text, last], ALL) for last in (2, 3, 4)]
+    with engine._scheduler._lock:  # all are there before the first begins
+        streams = [engine.stream([*text, last], ALL) for last in (2, 3, 4)]
     made = [[r.token for r in stream] for stream in streams]
     assert made == expected(folder, [[*text, last] for last in (2, 3, 4)])
     assert [stream._request.stats.reused_tokens for stream in streams] == [40] * 3
@@ -204,6 +205,24 @@ def test_breaking_off(engine: Engine) -> None:
     assert len(list(stream)) < CONTEXT  # what was there already
     assert is_idle(engine)
     stream.cancel()
+
+
+def test_a_cancellation_between_two_launches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with flashformer.load(folder, "cpu", 1 << 18, slots=2) as engine:
+        scheduler, run = engine._scheduler, engine.runner.run
+        stream = engine.stream([1], SamplingParams(max_tokens=200_000, ignore_eos=True))
+        next(stream)
+        settle, launched = scheduler._settle, []
+
+        def settled(*arguments: object) -> None:
+            settle(*arguments)
+            if not stream._request.cancelled:
+                scheduler.cancel(stream._request)
+                monkeypatch.setattr(engine.runner, "run", lambda turns: launched.append(len(turns)) or run(turns))
+
+        monkeypatch.setattr(scheduler, "_settle", settled)
+        assert len(list(engine.generate([6], ALL))) == ALL.max_tokens
+        assert launched == [1]
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_tapes_of_codes_and_their_scales(format: Format, target: str, hidden: in
     assert plan.weight_bytes() < plan.tape_bytes() < make_plan(config, graph, get(target), workers=5).tape_bytes()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 30), st.sampled_from(["sm_90", "cpu"]), st.integers(1, 600), st.integers(1, 3000), st.integers(1, 900),
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 40),

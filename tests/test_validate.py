@@ -391,7 +391,7 @@ def configurations(draw: st.DrawFn) -> ModelConfig:
     )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(configurations(), st.sampled_from(WORKERS), st.sampled_from(sorted(available())))
 def test_any_shape_is_accepted(config: ModelConfig, workers: int, target: str) -> None:
     validate(planned(config, workers, target))
@@ -413,7 +413,7 @@ def test_the_proof_takes_no_time(vocab: int) -> None:
 SMALL = {"hidden_size": 64, "num_layers": 2, "num_heads": 6, "ffn_size": 50, "vocab_size": 100}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configurations(), st.integers(1, 40), st.integers(1, 5))
 def test_nothing_accepted_overtakes_a_reader(config: ModelConfig, workers: int, blocks: int) -> None:
     small = replace(

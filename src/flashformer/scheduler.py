@@ -213,6 +213,7 @@ class Scheduler:
         """The thread: one launch after another, until there is nothing to do."""
         while True:
             with self._lock:
+                self._settle([request for request in self._active if request.cancelled], [], None)  # between two launches
                 self._changed = False
                 scored = self._admit()
                 active = list(self._active)
