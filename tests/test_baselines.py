@@ -176,6 +176,19 @@ def test_the_step_is_one_graph(attention: str) -> None:
         assert (compiled(token, position) - shorter.step(token, position, attention)).abs().max() < 1e-4
 
 
+def test_several_sequences_are_computed_as_one_is() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: oracle)")
+    weights = RandomWeights(SMALL)
+    decoder = part("torch_compile").Decoder(SMALL, lambda weight: torch.from_numpy(weights.read(weight.name).astype(np.float32)))
+    with torch.no_grad():
+        decoder.allocate(16, 3)
+        caches = [[torch.clone(part) for part in layer] for layer in decoder.cache]
+        together = decoder.step(torch.tensor([3, 4, 5]), torch.tensor([9]), "sdpa")
+        for i, token in enumerate((3, 4, 5)):
+            decoder.cache = [[part[i : i + 1].clone() for part in layer] for layer in caches]
+            assert (decoder.step(torch.tensor([token]), torch.tensor([9]), "sdpa") - together[i]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_their_configuration_is_ours(name: str) -> None:
     assert parse_config(part("huggingface").config_json(shape(name))) == shape(name)

@@ -7,7 +7,18 @@ import re
 
 import pytest
 
-from flashformer.backends.cuda.codegen import LAYOUTS, PARAMETERS, SCALES, Params, code_layout, generate, headers, threads
+from flashformer.backends.cuda.codegen import (
+    LAYOUTS,
+    OWN_SEQUENCE,
+    PARAMETERS,
+    SCALES,
+    Params,
+    SequenceStruct,
+    code_layout,
+    generate,
+    headers,
+    threads,
+)
 from flashformer.config import ModelConfig
 from flashformer.errors import BuildError
 from flashformer.formats import NAMED, Format
@@ -121,6 +132,25 @@ def test_formats_of_codes(stages: dict[str, Format], target: str) -> None:
     assert_clean(plan)
 
 
+# Of several columns: the fewest and the most that a target has, and one of odd sizes; every format of codes.
+@pytest.mark.parametrize(
+    ("target", "columns"), [(target, columns) for target in CUDA for columns in sorted({get(target).columns[1], max(get(target).columns)})]
+)
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "odd"])
+def test_several_columns(name: str, target: str, columns: int) -> None:
+    config = ODD["odd"] if name == "odd" else shape(name)
+    assert_clean(make_plan(config, build_graph(config), get(target), columns=columns))
+
+
+@pytest.mark.parametrize(("target", "columns"), [("sm_80", 4), ("sm_90", 8)])
+@pytest.mark.parametrize("stages", FORMATS, ids=["first", "second"])
+def test_several_columns_and_codes(stages: dict[str, Format], target: str, columns: int) -> None:
+    config = shape("llama-3.2-1b")
+    graph = build_graph(config)
+    formats = {w: stages[stage] for w in graph.weights() for part, stage in NAMES.items() if part in w}
+    assert_clean(make_plan(config, graph, get(target), formats=formats, kv_type="int8", columns=columns))
+
+
 @pytest.mark.parametrize("target", CUDA)
 def test_tools(target: str) -> None:
     from flashformer.backends.cuda.compile import compile_source
@@ -135,12 +165,13 @@ def test_every_target_has_a_file_that_says_what_it_is() -> None:
 
 
 def test_host_and_kernel_agree_on_the_parameters() -> None:
-    """The structure that Python fills and the one that the source declares have the same members in the same order."""
+    """The structures that Python fills and those that the source declares have the same members in the same order."""
     text = generate(planned(odd(), "sm_90")).text
-    body = re.search(r"struct Params \{(.*?)\n\};", text, re.S)
-    assert body is not None
-    assert re.findall(r"(\w+);", body[1]) == [name for name, *_ in PARAMETERS]
-    assert ctypes.sizeof(Params) == sum(ctypes.sizeof(kind) for _, _, kind, _ in PARAMETERS)  # no padding between them
+    for name, filled, fields in (("Params", Params, PARAMETERS), ("Sequence", SequenceStruct, OWN_SEQUENCE)):
+        body = re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.S)
+        assert body is not None
+        assert re.findall(r"(\w+);", body[1]) == [field for field, *_ in fields]
+        assert ctypes.sizeof(filled) == sum(ctypes.sizeof(kind) for _, _, kind, _ in fields)  # no padding between them
 
 
 def test_generation_is_reproducible() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashformer.config import ModelConfig
-from flashformer.formats import Format
+from flashformer.formats import PLAIN, Format
 from flashformer.geometry import Geometry
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
 from flashformer.shapes import shape
 from flashformer.tape import Tape, chunk_sizes, lay_tapes, tile_offsets
 from flashformer.targets import get
+from flashformer.validate_tape import validate_tape
 
 
 def planned(workers: int, target: str, **changes: Any) -> Plan:
@@ -41,13 +44,14 @@ def obvious(plan: Plan) -> list[list[tuple[int, int, list[tuple[int, int]]]]]:
                 continue
             g = stage.geometry
             tiles = list(range(stage.first[w], stage.first[w] + stage.count[w]))
-            while tiles:
-                group, tiles = tiles[: g.chunk_tiles], tiles[g.chunk_tiles :]
-                for part, fragments in enumerate(g.part_sizes()):
+            groups = [tiles[i : i + g.chunk_tiles] for i in range(0, len(tiles), g.chunk_tiles)]
+            while groups:
+                batch, groups = groups[: g.together], groups[g.together :]
+                for (part, fragments), group in product(enumerate(g.part_sizes()), batch):
                     nbytes = len(group) * g.warps_columns * fragments * g.tile_rows * g.fragment_columns * g.format.bits // 8
                     f, columns = g.format, fragments * g.fragment_columns
-                    groups = g.warps_columns * -(-columns // f.group) if f.group else int(part == g.parts - 1)
-                    nbytes += g.tile_rows * len(group) * groups * f.group_bytes
+                    scales = g.warps_columns * -(-columns // f.group) if f.group else int(part == g.parts - 1)
+                    nbytes += g.tile_rows * len(group) * scales * f.group_bytes
                     nbytes += -nbytes % plan.target.chunk_unit
                     tape.append((index, nbytes, [(tile, part) for tile in group]))
         tapes.append(tape)
@@ -113,6 +117,21 @@ def test_tapes_of_codes_and_their_scales(format: Format, target: str, hidden: in
     assert any(s.geometry.stack > 1 for s in plan.stages if s.geometry) == (target == "sm_90")
     check(plan, lay_tapes(plan))
     assert plan.weight_bytes() < plan.tape_bytes() < make_plan(config, graph, get(target), workers=5).tape_bytes()
+
+
+@pytest.mark.parametrize(
+    ("format", "panel", "workers", "batch"),
+    [(PLAIN, 64, 2, 8), (PLAIN, 64, 7, 6), (PLAIN, 64, 60, 1), (PLAIN, 72, 2, 1), (FORMATS[0], 128, 2, 8), (FORMATS[0], 128, 7, 3)],
+)
+def test_groups_whose_x_does_not_stay_are_read_in_batches(format: Format, panel: int, workers: int, batch: int) -> None:
+    config = planned(1, "cpu", hidden_size=320, ffn_size=18 * 256).config
+    target, graph = replace(get("sm_90"), panel_bytes=panel << 10), build_graph(config)
+    formats = dict.fromkeys(graph.weights(), format) if format != PLAIN else None
+    plan = make_plan(config, graph, target, workers=workers, formats=formats, columns=8)
+    assert {s.geometry.together for s in plan.stages if s.geometry and s.name == "down"} == {batch}
+    tape = lay_tapes(plan)
+    check(plan, tape)
+    validate_tape(plan, tape)
 
 
 @settings(max_examples=30)

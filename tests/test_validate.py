@@ -315,6 +315,8 @@ def test_groups_share_chunks_of_one_part() -> None:
     assert found["qkv"].stack > 1 == found["qkv"].parts and found["down"].parts > 1 == found["down"].stack
     with pytest.raises(PlanError, match="2 groups in a chunk of one part of"):
         validate(geometry(plan, "down", stack=2))
+    with pytest.raises(PlanError, match="batches of 2 groups of 1 parts"):
+        validate(geometry(plan, "qkv", together=2))
 
 
 # --- damaged tapes ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def random_weight(weight: Weight) -> torch.Tensor:
 
 
 class Decoder:
-    """A decoder-only transformer of our configuration, written as plainly as PyTorch allows. One sequence."""
+    """A decoder-only transformer of our configuration, written as plainly as PyTorch allows. One sequence, or several of one length."""
 
     def __init__(self, config: ModelConfig, make: Make = random_weight) -> None:
         """`make` gives each tensor; linears with one input are joined."""
@@ -76,25 +76,28 @@ class Decoder:
         return weight, bias
 
     def linear(self, x: torch.Tensor, *prepared: Any) -> torch.Tensor:
-        """[1, rows] of x [1, columns] and what `prepare` has returned."""
+        """[sequences, rows] of x [sequences, columns] and what `prepare` has returned."""
         return F.linear(x, *prepared)
 
-    def allocate(self, length: int) -> None:
-        """A KV cache of `length` positions with random values, and the rotary angles.
+    def allocate(self, length: int, sequences: int = 1) -> None:
+        """A KV cache of `length` positions for each sequence with random values, and the rotary angles.
 
         NOTE: a tensor each for the keys and values of a layer. Were they views of one, a compiled step would copy it whole.
         """
         c, like = self.config, self.embedding
-        shape = (1, c.num_kv_heads, length, c.head_dim)
+        shape = (sequences, c.num_kv_heads, length, c.head_dim)
         self.cache = [[torch.randn(shape, device=like.device, dtype=like.dtype) for _ in "kv"] for _ in range(c.num_layers)]
         angles = torch.from_numpy(rope_table(c, length)).to(like.device)  # [length, head_dim / 2, 2]
         self.cos, self.sin = (angles[..., i].repeat(1, 2).to(like.dtype) for i in (0, 1))
         self.places = torch.arange(length, device=like.device)
 
     def step(self, token: torch.Tensor, position: torch.Tensor, attention: Attention, layers: int | None = None) -> torch.Tensor:
-        """Logits [1, vocab] after `token` [1] at `position` [1], whose key and value go into the cache; `layers`: the first ones alone."""
-        c = self.config
-        x = F.embedding(token, self.embedding)  # [1, hidden]
+        """Logits [sequences, vocab] after a token of each, `token` [sequences], at `position` [1] of all.
+
+        Its keys and values go into the cache. layers: the first ones alone.
+        """
+        c, sequences = self.config, token.shape[0]
+        x = F.embedding(token, self.embedding)  # [sequences, hidden]
         cos, sin = self.cos[position], self.sin[position]
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
@@ -105,20 +108,20 @@ class Decoder:
         for layer, (keys, values) in zip(self.layers[:layers], self.cache[:layers], strict=True):
             y = F.rms_norm(x, (c.hidden_size,), layer["attention_norm"], c.norm_eps)
             q, k, v = self.linear(y, *layer["qkv"]).split([q_size, kv_size, kv_size], -1)
-            q, k, v = (t.view(1, -1, 1, c.head_dim) for t in (q, k, v))
+            q, k, v = (t.view(sequences, -1, 1, c.head_dim) for t in (q, k, v))
             if c.qk_norm:
                 q = F.rms_norm(q, (c.head_dim,), layer["q_norm"], c.norm_eps)
                 k = F.rms_norm(k, (c.head_dim,), layer["k_norm"], c.norm_eps)
             keys.index_copy_(2, position, rotate(k))
             values.index_copy_(2, position, v)
             a = self._attend(rotate(q), keys, values, position, attention)
-            x = x + self.linear(a.reshape(1, -1), *layer["output"])
+            x = x + self.linear(a.reshape(sequences, -1), *layer["output"])
             gate, up = self.linear(F.rms_norm(x, (c.hidden_size,), layer["mlp_norm"], c.norm_eps), *layer["gate_up"]).chunk(2, -1)
             x = x + self.linear(F.silu(gate) * up, *layer["down"])
         return self.linear(F.rms_norm(x, (c.hidden_size,), self.norm, c.norm_eps), *self.head)
 
     def _attend(self, q: Any, keys: Any, values: Any, position: torch.Tensor, attention: Attention) -> Any:
-        """Attention of one query over the cache up to `position`."""
+        """Attention of one query of each sequence over its cache up to `position`."""
         if attention == "sdpa":
             mask = (self.places <= position)[None, None, None]
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
@@ -133,13 +136,13 @@ class Decoder:
 
 
 def measure(
-    config: ModelConfig, contexts: Sequence[int], tokens: int, repeats: int, kind: type[Decoder] = Decoder
+    config: ModelConfig, contexts: Sequence[int], tokens: int, repeats: int, kind: type[Decoder] = Decoder, sequences: int = 1
 ) -> Iterator[tuple[int, float]]:
-    """See the package; `kind` is what is measured."""
+    """See the package; `kind` is what is measured, with so many sequences at a time: milliseconds of a token of each."""
     decoder = kind(config)
     try:
         for context in contexts:
-            yield context, _fastest(decoder, context, tokens, repeats)
+            yield context, _fastest(decoder, context, tokens, repeats, sequences)
     finally:
         del decoder
         torch._dynamo.reset()
@@ -147,14 +150,14 @@ def measure(
         torch.cuda.empty_cache()
 
 
-def _fastest(decoder: Decoder, context: int, tokens: int, repeats: int) -> float:
+def _fastest(decoder: Decoder, context: int, tokens: int, repeats: int, sequences: int) -> float:
     """Milliseconds per token with the attention whose first layers are fastest, or the next that works. Raises what none survived."""
 
     def times(kinds: Sequence[Attention], layers: int) -> Iterator[tuple[float, Attention]]:
         """Of those that work; others are told of."""
         for attention in kinds:
             try:
-                yield _measure(decoder, context, tokens, repeats, attention, layers), attention
+                yield _measure(decoder, context, tokens, repeats, sequences, attention, layers), attention
             except Exception as error:
                 failed.append(error)
                 say(f"{attention} attention failed:\n{places(error)}")
@@ -165,12 +168,14 @@ def _fastest(decoder: Decoder, context: int, tokens: int, repeats: int) -> float
     raise failed[0]
 
 
-def _measure(decoder: Decoder, context: int, tokens: int, repeats: int, attention: Attention, layers: int) -> float:
-    """Milliseconds per token at one context with so many of the layers."""
+def _measure(
+    decoder: Decoder, context: int, tokens: int, repeats: int, sequences: int, attention: Attention, layers: int
+) -> float:  # fmt: skip
+    """Milliseconds per token of each sequence at one context with so many of the layers."""
     import torch._inductor.config as inductor
 
-    decoder.allocate(round_up(context + tokens + WARM_UP, CACHE_MULTIPLE))
-    token, position = torch.zeros(1, dtype=torch.long, device="cuda"), torch.tensor([context], device="cuda")
+    decoder.allocate(round_up(context + tokens + WARM_UP, CACHE_MULTIPLE), sequences)
+    token, position = torch.zeros(sequences, dtype=torch.long, device="cuda"), torch.tensor([context], device="cuda")
 
     def step(token: torch.Tensor, position: torch.Tensor) -> None:
         token.copy_(decoder.step(token, position, attention, layers).argmax(-1))

@@ -72,10 +72,11 @@ def main() -> None:
 @options.context
 @options.weights
 @options.kv
+@options.columns
 @options.speculate
 def generate(
     model: str, prompt: str, max_tokens: int, stop: tuple[str, ...], chat: bool | None, stats: bool, device: str, max_context: int | None,
-    weights: str, kv: KvType, speculate: str, **sampling: Any,
+    weights: str, kv: KvType, columns: int | None, speculate: str, **sampling: Any,
 ) -> None:  # fmt: skip
     """Print a model's answer to a prompt as it is made. Without further options each token is the most likely one."""
     from .engine import load
@@ -86,7 +87,7 @@ def generate(
         prompt = sys.stdin.read()
     params = SamplingParams(max_tokens=max_tokens, stop=stop, **sampling)
     made = []
-    with load(model, device, max_context, weights=weights, kv=kv, draft=_drafts(speculate)) as engine:
+    with load(model, device, max_context, weights=weights, kv=kv, columns=columns, draft=_drafts(speculate)) as engine:
         _tell_notes(engine)
         if not prompt:
             raise InputError("the prompt is empty")
@@ -115,10 +116,11 @@ def generate(
 @options.context
 @options.weights
 @options.kv
+@options.columns
 @options.speculate
 def chat(
-    model: str, system: str | None, max_tokens: int, device: str, max_context: int | None, weights: str, kv: KvType, speculate: str,
-    **sampling: Any,
+    model: str, system: str | None, max_tokens: int, device: str, max_context: int | None, weights: str, kv: KvType,
+    columns: int | None, speculate: str, **sampling: Any,
 ) -> None:  # fmt: skip
     """Talk with a model in the terminal; lines may also come from a pipe.
 
@@ -128,7 +130,7 @@ def chat(
     from .sampling import SamplingParams
     from .terminal import Chat
 
-    with load(model, device, max_context, weights=weights, kv=kv, draft=_drafts(speculate)) as engine:
+    with load(model, device, max_context, weights=weights, kv=kv, columns=columns, draft=_drafts(speculate)) as engine:
         _tell_notes(engine)
         Chat(engine, SamplingParams(max_tokens=max_tokens, **sampling), system).run()
 

@@ -82,15 +82,18 @@ def _configuration(model: str) -> tuple[ModelConfig, dict[str, Format]]:
 @options.device
 @options.weights
 @options.kv
+@options.columns
 @click.pass_context
-def check(ctx: click.Context, model: str, tokens: int, seed: int, device: str, weights: str, kv: KvType) -> None:
+def check(
+    ctx: click.Context, model: str, tokens: int, seed: int, device: str, weights: str, kv: KvType, columns: int | None
+) -> None:  # fmt: skip
     """Compare the kernel on this device with a plain reference on this very model; exit status 1 if it is out of tolerance."""
     from .check import check_runner, sample_tokens
     from .engine import load
     from .models import build_graph
     from .reference import Reference
 
-    with load(model, device, weights=weights, kv=kv) as engine:
+    with load(model, device, weights=weights, kv=kv, columns=columns) as engine:
         if tokens >= engine.max_context:
             raise InputError(f"--tokens is {tokens}; the context holds {engine.max_context}")
         click.echo(f"Comparing {tokens} positions on {engine.device.name} with the reference ...", err=True)

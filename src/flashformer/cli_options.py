@@ -17,6 +17,10 @@ kv = click.option(
     "--kv", type=click.Choice(["native", "int8", "fp8"]), default="native", show_default=True,
     help="The KV cache: 16 bits a value, or 8 with a scale for each key and value.",
 )  # fmt: skip
+columns = click.option(
+    "--columns", type=int,
+    help="Token positions of a pass, at most: prompts are read so many at a time. Default: 16 on a CPU; 1 on a GPU, the fastest answer.",
+)
 speculate = click.option(
     "--speculate", default="none", show_default=True,
     help="Guess tokens and verify several in one pass, which changes none of them: 'lookup' (the text repeats itself), or a small MODEL.",

@@ -292,9 +292,9 @@ def load(
     matrices in formats that hold them exactly wherever the device has kernels for them, "bf16" expands all to 16 bits; what that
     costs is in the notes of the engine's configuration. kv: "native" keeps keys and values in 16 bits, "int8" and "fp8" (e4m3) in 8,
     which is half the bytes to read at long context; `flashformer quality` says what a model loses by it. slots: generations that run
-    at a time, each with a KV cache of its own. columns: token positions that a pass carries at most (default: as many as the device has
-    kernels for, which changes no result). draft: speculate, without changing a token: "lookup" guesses that texts repeat themselves,
-    else a smaller model with the same vocabulary guesses.
+    at a time, each with a KV cache of its own. columns: token positions that a pass carries at most (default: 16 on a CPU; on a GPU 1,
+    which is the fastest for one text, or with a draft as many as there are kernels for). draft: speculate, without changing a token:
+    "lookup" guesses that texts repeat themselves, else a smaller model with the same vocabulary guesses.
 
     Raises CheckpointError, ConfigError, PlanError, BuildError or DeviceError, each a FlashFormerError.
     """
@@ -321,9 +321,10 @@ def load(
         formats = choose(checkpoint, graph.weights()) if weights == "native" else {}
         if max_context is None:
             max_context = default_context(checkpoint.config, graph, where, formats, kv, slots)
-        columns = max(where.target.columns) if columns is None else columns
+        if columns is None:
+            columns = where.target.usual_columns if draft is None else max(where.target.columns)
         if draft is not None and columns == 1:
-            raise InputError(f"speculation verifies drafts in the columns of a pass, and the kernel for {where.name} has one column")
+            raise InputError("speculation verifies drafts in the columns of a pass, and a kernel of one column has no room for any")
         plan = make_plan(
             checkpoint.config, graph, where.target, max_context, formats=formats, kv_type=kv, columns=columns, slots=slots
         )

@@ -15,6 +15,8 @@ from .targets import Target
 PADDING = 0.01  # most of a tape that may be zero columns, where the shape allows it
 SHARES = (1, 3 / 4, 1 / 2)  # of the largest chunk: see `choose_share`
 MORE_CHUNKS = 1.25  # than if all were as large as they can be; each has its cost
+MOST_BATCH = 8  # groups of tiles that are read part by part
+MOST_SUMS = 16  # of a batch, that a lane keeps
 SCALE_ROOM = 1 / 8  # of a chunk: so much larger it may be where weights have scales
 
 
@@ -34,7 +36,8 @@ class Geometry:
 
     `warps_rows` tiles form a group and go through the worker together; within a tile, warp k of `warps_columns` owns the
     columns [k * fragments, (k + 1) * fragments) * fragment_columns, read in `parts` nearly equal parts: one chunk each. Where there is
-    one part, `stack` groups share a chunk.
+    one part, `stack` groups share a chunk. Where x of several columns is too large to stay with a worker, groups are read in batches of
+    `together`, all of them part by part, so that x comes once for a batch.
     Behind its fragments a chunk holds their scales: tile after tile, warp after warp, group after group, those of a tile's rows. Behind
     those of a tile are the divisors of its rows, where there are any.
     """
@@ -48,6 +51,7 @@ class Geometry:
     format: Format = PLAIN
     chunk_unit: int = 128  # bytes that chunks are padded to
     stack: int = 1
+    together: int = 1
 
     @property
     def columns(self) -> int:
@@ -122,6 +126,14 @@ def choose_geometry(target: Target, columns: int, format: Format = PLAIN, share:
         target.tile_rows, fragment_columns, target.warps // split, split, fragments, ceil_div(fragments, per_warp), format,
         target.chunk_unit, max(per_warp // fragments, 1) if stacked else 1,
     )  # fmt: skip
+
+
+def choose_batch(target: Target, g: Geometry, columns: int, groups: int) -> int:
+    """`together` of a stage of a kernel of so many columns, of which a worker has at most so many groups."""
+    x_bytes = columns * 2 * target.warps * g.fragment_columns  # of a fragment of all warps
+    if columns == 1 or g.fragments * x_bytes <= target.panel_bytes or 2 * g.part_sizes()[0] * x_bytes > target.panel_bytes:
+        return 1
+    return max(1, min(groups, MOST_SUMS // ceil_div(columns, 4), MOST_BATCH))
 
 
 def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[Format]) -> float:

@@ -16,7 +16,7 @@ from .config import ModelConfig
 from .errors import PlanError
 from .formats import PLAIN, Format, join
 from .fuse import LinearSpec, StageSpec, fuse
-from .geometry import Geometry, ceil_div, choose_geometry, choose_share, round_up
+from .geometry import Geometry, ceil_div, choose_batch, choose_geometry, choose_share, round_up
 from .graph import Graph
 from .targets import Target
 
@@ -249,7 +249,7 @@ def make_plan(
     formats = formats or {}
     chosen = choose_formats(specs, target, formats)
     share = choose_share(specs, target, chosen)
-    stages = tuple(_assign(spec, format, target, share, owners, load) for spec, format in zip(specs, chosen, strict=True))
+    stages = tuple(_assign(spec, format, target, share, columns, owners, load) for spec, format in zip(specs, chosen, strict=True))
     buffers: dict[str, Buffer] = {}
     for spec in specs:
         if spec.writes and spec.writes not in buffers:
@@ -267,7 +267,9 @@ def make_plan(
     return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, table, weights, columns, slots)
 
 
-def _assign(spec: StageSpec, format: Format, target: Target, share: float, owners: list[int], load: list[int]) -> Stage:
+def _assign(
+    spec: StageSpec, format: Format, target: Target, share: float, columns: int, owners: list[int], load: list[int]
+) -> Stage:  # fmt: skip
     """Give the tiles of one stage to the workers; `owners` are those of the residual, `load` collects each worker's bytes."""
     stage = Stage(
         spec.name, spec.kind, spec.layer, spec.reads, spec.writes,
@@ -290,6 +292,8 @@ def _assign(spec: StageSpec, format: Format, target: Target, share: float, owner
     else:
         # NOTE: nobody waits for a tile of padding. A worker that had nothing else might read its input when that is overwritten already.
         count = balance(tiles, owners if spec.linear.has_empty_tiles(target.tile_rows) else range(target.workers), load)
+    groups = ceil_div(max(count), geometry.warps_rows)
+    geometry = replace(geometry, together=choose_batch(target, geometry, columns, groups))
     nbytes = {c: geometry.bytes_of(c) for c in set(count)}
     for w, c in enumerate(count):
         load[w] += nbytes[c]

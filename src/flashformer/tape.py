@@ -1,8 +1,9 @@
 """The tapes of a plan: each worker's weights in exactly the order in which it reads them.
 
-A tape is a list of chunks: one part of the columns of one group of tiles of one stage, or of a few groups. Inside a chunk the warps follow
-each other (warp = tile of the chunk * warps_columns + column split), each with its fragments in order. An attention stage leaves a
-marker of zero bytes: there the worker reads the KV cache, whose length only the device knows.
+A tape is a list of chunks: one part of the columns of one group of tiles of one stage, or of a few groups. Group comes after group, or
+batch after batch of groups: of these, each part of all. Inside a chunk the warps follow each other (warp = tile of the chunk *
+warps_columns + column split), each with its fragments in order. An attention stage leaves a marker of zero bytes: there the worker reads
+the KV cache, whose length only the device knows.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def chunk_sizes(g: Geometry, tiles: int) -> np.ndarray:
     sizes[:] = [g.chunk_bytes(g.chunk_tiles, part) for part in range(g.parts)]
     if tiles % g.chunk_tiles:
         sizes[-1] = [g.chunk_bytes(tiles % g.chunk_tiles, part) for part in range(g.parts)]
-    return sizes.reshape(-1)
+    batches = (sizes[first : first + g.together].T for first in range(0, len(sizes), g.together))
+    return np.concatenate([np.empty(0, np.int32), *(batch.reshape(-1) for batch in batches)])
 
 
 def lay_tapes(plan: Plan) -> Tape:
@@ -124,9 +126,11 @@ def _offsets(plan: Plan, tape: Tape, index: int) -> tuple[np.ndarray, np.ndarray
     scales = np.array([g.scale_bytes(part) for part in range(g.parts)], np.int64)
     worker = np.repeat(np.arange(len(stage.count)), stage.count)
     local = np.arange(stage.tiles) - np.array(stage.first, np.int64)[worker]
-    chunk = tape.first_chunk(index)[worker] + local // g.chunk_tiles * g.parts
-    rows = chunk[:, None] + np.arange(g.parts)[None, :]
+    count = np.array(stage.count)[worker]
+    chunk, number = local // g.chunk_tiles, local // g.chunk_tiles % g.together  # of those of its part, and in its batch
+    batch = np.minimum(-(-count // g.chunk_tiles) - (chunk - number), g.together)  # chunks of each part in it
+    rows = (tape.first_chunk(index)[worker] + (chunk - number) * g.parts + number)[:, None] + np.arange(g.parts)[None, :] * batch[:, None]
     start = tape.offset[rows, worker[:, None]] * tape.unit
     before = (local % g.chunk_tiles)[:, None]  # tiles in the same chunks
-    together = np.minimum(np.array(stage.count)[worker] - (local - local % g.chunk_tiles), g.chunk_tiles)[:, None]
-    return start + before * fragments, start + together * fragments + before * scales
+    in_chunk = np.minimum(count - (local - local % g.chunk_tiles), g.chunk_tiles)[:, None]
+    return start + before * fragments, start + in_chunk * fragments + before * scales

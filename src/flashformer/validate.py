@@ -10,6 +10,9 @@ on back through the token: all stages before it are done. Attention and combine 
 comes after what *somebody* published in the stage before. A worker without tiles in a stage neither waits nor publishes and may
 be anywhere, so nothing may depend on it: only owners of the residual publish its sums of squares. The token's words, which every
 worker publishes, have two copies; as every worker waits for all of them, they also end all stages of their token.
+With several columns vectors are plain values behind flags. Whoever reads one has seen the flags of all who write it, and raises its own
+when it has read: so the same holds, also where a vector is read again and again during a stage. A block that appends to the KV cache has
+a part of attention whose result is awaited, so that it has read its keys and values before the next ones come.
 On a CPU all workers meet after every stage.
 """
 
@@ -157,6 +160,7 @@ def _geometry_fits(plan: Plan) -> None:
             (g.warps_rows < 1 or g.warps_rows * g.warps_columns != t.warps, f"it does not share out {t.warps} warps"),
             (not 1 <= g.fragments <= most, f"{g.fragments} fragments a warp, which holds 1 to {most}"),
             (g.stack < 1 or (g.stack > 1 and g.parts > 1), f"{g.stack} groups in a chunk of one part of {g.parts}"),
+            (g.together < 1 or (g.together > 1 and g.parts == 1), f"batches of {g.together} groups of {g.parts} parts"),
             (sum(sizes) != g.fragments, f"{g.fragments} fragments cannot be read in {g.parts} parts"),
             (max(sizes) > in_chunk, f"parts of {max(sizes)} fragments; a chunk holds {in_chunk} of a warp"),
             (chunk > slot, f"chunks of {chunk} bytes; a slot of the ring holds {slot}"),

@@ -24,7 +24,7 @@ def where(stage: Stage) -> str:
 
 
 def chunk_bytes(g: Geometry, tiles: int) -> list[int]:
-    """What the chunks of so many tiles must hold: of each group of tiles, part after part, and what pads them."""
+    """What the chunks of so many tiles must hold: of each batch of groups of tiles, part after part, and what pads them."""
 
     def scales(part: int, fragments: int) -> int:
         """Of one row of a tile: a scale of each group of columns, and what comes last: one of the whole row, and its divisor."""
@@ -32,12 +32,13 @@ def chunk_bytes(g: Geometry, tiles: int) -> list[int]:
         groups = ceil_div(fragments * g.fragment_columns, g.format.group) if g.format.group else 0
         return last + g.warps_columns * groups * g.format.group_bytes
 
-    together = [min(g.chunk_tiles, tiles - first) for first in range(0, tiles, g.chunk_tiles)]
+    groups = [min(g.chunk_tiles, tiles - first) for first in range(0, tiles, g.chunk_tiles)]
+    batches = [groups[first : first + g.together] for first in range(0, len(groups), g.together)]
     sizes = [
         g.warps_columns * fragments * g.fragment_bytes + g.tile_rows * scales(part, fragments)
         for part, fragments in enumerate(g.part_sizes())
     ]
-    return [round_up(in_group * size, g.chunk_unit) for in_group in together for size in sizes]
+    return [round_up(in_group * size, g.chunk_unit) for batch in batches for size in sizes for in_group in batch]
 
 
 def _chunks_hold_the_tiles(plan: Plan, tape: Tape) -> None:

@@ -23,6 +23,9 @@ using u64 = unsigned long long;
 struct uint2 {
   u32 x, y;
 };
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
 struct float2 {
   float x, y;
 };
@@ -31,6 +34,7 @@ struct alignas(16) float4 {
 };
 constexpr u32 kAllLanes = ~0u;
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr u32 round_up(u32 a, u32 b) { return (a + b - 1) / b * b; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline u32 min(u32 a, u32 b) { return a < b ? a : b; }
 inline u64 min(u64 a, u64 b) { return a < b ? a : b; }
@@ -111,6 +115,8 @@ template <class T>
 T __shfl_sync(u32, T v, u32 lane) { return of_lane(v, lane); }
 template <class T>
 T __shfl_xor_sync(u32, T v, u32 mask) { return of_lane(v, thread->lane ^ mask); }
+template <class T>
+T __shfl_up_sync(u32, T v, u32 by) { return of_lane(v, thread->lane < by ? thread->lane : thread->lane - by); }
 inline u32 __ballot_sync(u32, bool vote) {
   const u64* votes = all_lanes(vote);
   u32 all = 0;
@@ -127,6 +133,11 @@ inline u32 __reduce_add_sync(u32, u32 v) {
   const u64* values = all_lanes(v);
   v = 0;
   for (u32 i = 0; i < 32; i++) v += u32(values[i]);
+  return v;
+}
+inline u32 __reduce_or_sync(u32, u32 v) {
+  const u64* values = all_lanes(v);
+  for (u32 i = 0; i < 32; i++) v |= u32(values[i]);
   return v;
 }
 inline u32 __reduce_max_sync(u32, u32 v) {
@@ -153,6 +164,8 @@ inline float __uint_as_float(u32 x) { return bits<float>(x); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline u32 __umulhi(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline int __ffs(u32 x) { return __builtin_ffs(int(x)); }
+inline int __clz(u32 x) { return x ? __builtin_clz(x) : 32; }
 inline float exp2_approx(float x) { return __builtin_exp2f(x); }
 inline float max_nan(float a, float b) { return a != a || b != b ? bits<float>(0x7fffffffu) : a > b ? a : b; }
 
@@ -168,6 +181,11 @@ inline u32 load_shared(u32 at) {
 inline uint2 load_shared2(u32 at) {
   uint2 v;
   std::memcpy(&v, shared_memory(at, 8), 8);
+  return v;
+}
+inline uint4 load_shared4(u32 at) {
+  uint4 v;
+  std::memcpy(&v, shared_memory(at, 16), 16);
   return v;
 }
 inline float load_shared_float(u32 at) { return bits<float>(load_shared(at)); }
@@ -207,10 +225,15 @@ struct Looks {
 inline void barrier_wait(u32, u32, Watch) {}
 inline void barrier_arrive(u32) {}
 
+#include "columns.h"
+constexpr int kMostSequences = 32;
+
 template <class M>
 struct Layout {
-  static constexpr int kResidual = M::kFreeBytes, kTiles = kResidual, kStep = kTiles + 4, kBest = kStep + 4, kToken = kBest + 32;
-  static constexpr int kDone = kToken + 8, kBytes = kDone + 8;
+  static constexpr int kResidual = M::kFreeBytes, kTiles = kResidual, kStep = kTiles + 4, kToken = kStep + 4, kDone = kToken + 4;
+  static constexpr int kBest = round_up(kDone + 8, 32), kPass = kBest + 32 * M::kColumns, kColumn = kPass + 32;
+  static constexpr int kCursors = kColumn + 32 * M::kColumns, kChosen = kCursors + 32 * kMostSequences;
+  static constexpr int kBytes = kChosen + 8 * M::kColumns;
 };
 template <class M>
 struct Block {
@@ -223,6 +246,7 @@ struct Block {
   u64* words(int offset) const { return p.exchange + offset; }
   u32 position(u32 step) const { return p.start + step; }
   u32 looks_place(u32) const { return 0; }
+#include "pass.h"
   uint2 tiles(int) const {
     const u32 v = load_shared(Layout<M>::kTiles);
     return {v >> 12, v & 4095};
@@ -235,10 +259,6 @@ struct Consumer : Block<M> {};
 template <class M>
 struct Finisher : Block<M> {
   u32 index;
-  float best;
-  u32 best_row;
-  u32 token;
-
-  void sync() const { meet(thread->memory->finishers, M::kFinishers * 32); }
 #include "candidates.h"
+  void sync() const { meet(thread->memory->finishers, M::kFinishers * 32); }
 };

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..errors import ScoreError
 from .sampling import Sampling, Scores
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 GREEDY = Sampling()
 Progress = Callable[[str, int, int], None]  # what is being done, how much is done, of how much
@@ -76,6 +79,14 @@ class Made:
     seconds: float  # from the start of the launch
     scores: Scores | None = None  # if its sampling asks for them
     error: ScoreError | None = None
+
+
+def alone(plan: Plan, turn: Turn, seconds: Sequence[float]) -> RunStats:
+    """What a launch of one turn did, whose tokens were made after so many seconds each."""
+    first, last = (seconds[0], seconds[-1]) if seconds else (0.0, 0.0)
+    context = turn.start + len(turn.tokens)
+    nbytes = sum(plan.token_bytes(context + i) for i in range(max(len(seconds) - 1, 0)))
+    return RunStats(len(turn.tokens), turn.start, first, len(seconds), last - first, nbytes)
 
 
 class Runner(Protocol):

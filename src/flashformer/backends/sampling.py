@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import enum
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ScoreError
+from ..errors import DeviceError, ScoreError
 from .source import Field, ctypes_fields
 
 MAX_LOGPROBS = 20  # alternatives of a token at most, kMostReported in sampling.hpp
 REPORT_WORDS = 2 + MAX_LOGPROBS  # of 8 bytes, kReportWords
 MASS_BITS = 36  # a probability mass of 1 relative to the likeliest token is 2^36, kMassBits
+REPORT_SECONDS = 3.0  # that log probabilities may arrive after their token
 NOTHING = 0xFFFFFFFFFFFFFFFF  # a word of a report that is not there yet, kNothing
 NOT_FINITE, NONE_ALLOWED = 0xFFFFFFFF, 0xFFFFFFFE  # in the place of a token, as in sampling.hpp
 PROMPT_BIT = 1 << 31  # of a word of `Sampling.seen`, kPromptBit
@@ -118,6 +120,15 @@ def read_report(words: np.ndarray, alternatives: int) -> Scores:
     bits = np.where(order & np.uint32(1 << 31), order, order ^ np.uint32(0x7FFFFFFF)).astype(np.uint32)
     tokens = (ranked & np.uint64(0xFFFFFFFF)).tolist()
     return Scores(chosen - scale, tuple((token, float(x) - scale) for token, x in zip(tokens, bits.view(np.float32), strict=True)))
+
+
+def await_report(words: np.ndarray, alternatives: int, index: int) -> Scores:
+    """`read_report` of token number `index`, which has been made, once all of it has arrived. Raises DeviceError if it does not."""
+    deadline = time.perf_counter() + REPORT_SECONDS
+    while (words[: 2 + alternatives] == NOTHING).any():  # they are on their way
+        if time.perf_counter() > deadline:
+            raise DeviceError(f"the log probabilities of token {index} did not come within {REPORT_SECONDS:g} s")
+    return read_report(words, alternatives)
 
 
 def checked_token(token: int, position: int) -> int:

@@ -26,52 +26,24 @@ struct Heads {
   static constexpr int kValues = kKeys + M::kKvHeads * M::kHeadPad;
 };
 
-template <class M, class S>
-struct Attention {
+// Attention of a head over some blocks of the cache: what a block's consumers do for one partial result.
+template <class M>
+struct HeadPiece {
   using Kv = KvBlock<M>;
   using T = typename Kv::Operand;
   using L = Layout<M>;
   static constexpr int kSteps = M::kHeadPad / 16;                // matrix instructions per head vector
   static constexpr bool kHold = kSteps <= 8;                     // the query stays in registers
   static constexpr int kPairs = ceil_div(M::kHeadDim / 2, 32);  // rotary pairs a lane
-
-  static FF_DEVICE void run(Finisher<M>&, u32, u32) {}
-  static FF_DEVICE void run(Producer<M>&, u32, u32) {}
-
-  static FF_DEVICE void run(Consumer<M>& c, u32 step, u32 layer) {
-    u32 piece = 0;
-#pragma unroll 1
-    for (;; piece++) {
-      c.enter(S::kWhere, layer);
-      // NOTE: computed anew for each piece: kept through the loop, it would spill.
-      const u32 position = c.position(step);
-      const KvShare<M> share(position, blockIdx.x);
-      const u32 next = piece ? (share.next / share.per_head + piece) * share.per_head : share.next;
-      if (next >= share.end) break;
-      const u32 head = next / share.per_head, first = next - head * share.per_head;
-      u32 count = share.end - next;
-      if (count > share.per_head - first) count = share.per_head - first;
-      const bool newest = first + count == share.per_head;
-      c.sync();  // the piece before this one may still be read
-      if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-      prepare(c, layer, head, position, c.tag(step, layer), newest);
-      c.sync();
-      if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
-      float out[kSteps][4];
-      attend(c, out, first, count, position);
-      const u32 warps = count < kConsumers ? count : kConsumers;  // that have seen any positions
-      u64* const to = c.words(S::kOutput) + (u64)(blockIdx.x * M::kPieces + piece) * M::kPieceWords;
-      publish(c, out, head, newest, warps, c.tag(step, layer), to);
-      if (c.warp == 0) c.mark(1, step, layer, S::kWhere, 1);
-    }
-    if (piece == 0) return;
-    __syncwarp();
-    if (c.lane == 0) barrier_arrive(c.shared + L::kAttended);
-  }
-
+  static constexpr u32 kPadding = M::kHeadPad - M::kHeadDim;     // values; with several columns, a panel has been in their place
   static constexpr float kNever = -1e30f;  // a maximum before anything was seen
 
- private:
+  // Whose attention it is: a virtual head of a token position.
+  struct Query {
+    u32 layer, head, position, tag;
+    const u64* vectors;  // words of the position's part of the qkv vector
+    u8* cache;           // of its sequence
+  };
   struct Vector {
     float low[kPairs], high[kPairs];  // dims i and i + head_dim / 2 for i = lane + 32 r
   };
@@ -80,8 +52,8 @@ struct Attention {
 
   // Vectors of heads from the exchange; each lane keeps the pairs that the rotation mixes.
   template <int kCount>
-  static FF_DEVICE void gather(Consumer<M>& c, Vector (&v)[kCount], const int (&at)[kCount], u32 tag) {
-    const u64* words = c.words(S::kInput) + c.lane;
+  static FF_DEVICE void gather(Consumer<M>& c, Vector (&v)[kCount], const int (&at)[kCount], const Query& q) {
+    const u64* words = q.vectors + c.lane;
     Wait wait;
     bool here;
 #pragma unroll 1
@@ -105,7 +77,7 @@ struct Attention {
             const Word low = split(w[i][r][0]), high = split(w[i][r][1]);
             v[i].low[r] = __uint_as_float(low.value);
             v[i].high[r] = __uint_as_float(high.value);
-            here = here && low.tag == tag && high.tag == tag;
+            here = here && low.tag == q.tag && high.tag == q.tag;
           }
         }
     } while (!__all_sync(kAllLanes, here) && !__any_sync(kAllLanes, wait.expired(c.watch)));
@@ -148,31 +120,42 @@ struct Attention {
     }
   }
 
+  static FF_DEVICE void turns(const Consumer<M>& c, float2 (&turn)[kPairs], u32 position) {
+#pragma unroll
+    for (int r = 0; r < kPairs; r++)
+      turn[r] = has(c.lane, r) ? load_early(c.p.rope + (u64)position * (M::kHeadDim / 2) + c.lane + 32 * r) : make_float2(0, 0);
+  }
+
+  // A key, after its norm, as the cache takes it.
+  static FF_DEVICE typename Kv::Scale turn_key(const Consumer<M>& c, Vector& v, const float2 (&turn)[kPairs]) {
+    rotate(v, turn);
+    Kv::mix(v.low, v.high, c.lane);
+    return Kv::scale_of(v.low, v.high);
+  }
+
   // What a matrix instruction sees of a query's value.
   static FF_DEVICE float rounded(float x) { return T::unpack((u16)T::pack(x, 0)); }
 
   // Warp w: query head w of this piece into shared memory; with the newest position also its score against this token's key.
-  // Warp 0 appends the key, the first warp without a query (or the last) the value.
-  static FF_DEVICE void prepare(Consumer<M>& c, u32 layer, u32 head, u32 position, u32 tag, bool newest) {
-    const u32 queries = Heads<M>::queries(head), kv_head = Heads<M>::kv_head(head);
+  // Warp 0 has the key, the first warp without a query (or the last) the value; of one column they append them, too.
+  static FF_DEVICE void prepare(Consumer<M>& c, const Query& q, bool newest) {
+    const u32 queries = Heads<M>::queries(q.head), kv_head = Heads<M>::kv_head(q.head);
     if (c.warp < queries) {
       constexpr bool kEarly = kPairs <= 2;  // norm weights are here before the query; those of large heads would spill
       Vector query_norm = {}, key_norm = {};
-      if (kEarly) query_norm = norm_weights(c, layer, M::kQueryNorm), key_norm = norm_weights(c, layer, M::kKeyNorm);
+      if (kEarly) query_norm = norm_weights(c, q.layer, M::kQueryNorm), key_norm = norm_weights(c, q.layer, M::kKeyNorm);
       float2 turn[kPairs];
-#pragma unroll
-      for (int r = 0; r < kPairs; r++)
-        turn[r] = has(c.lane, r) ? load_early(c.p.rope + (u64)position * (M::kHeadDim / 2) + c.lane + 32 * r) : make_float2(0, 0);
-      const int query_at = (Heads<M>::first_query(head) + c.warp) * M::kHeadPad;
+      turns(c, turn, q.position);
+      const int query_at = (Heads<M>::first_query(q.head) + c.warp) * M::kHeadPad;
       Vector v[2];  // query, key
       if (newest) {
-        gather(c, v, {query_at, Heads<M>::kKeys + (int)kv_head * M::kHeadPad}, tag);
+        gather(c, v, {query_at, Heads<M>::kKeys + (int)kv_head * M::kHeadPad}, q);
       } else {
         Vector only[1];
-        gather(c, only, {query_at}, tag);
+        gather(c, only, {query_at}, q);
         v[0] = only[0];
       }
-      normalise(v[0], kEarly ? query_norm : norm_weights(c, layer, M::kQueryNorm));
+      normalise(v[0], kEarly ? query_norm : norm_weights(c, q.layer, M::kQueryNorm));
       rotate(v[0], turn);
       Kv::mix(v[0].low, v[0].high, c.lane, 1.f / M::kKvMixed);
       const u32 at = c.shared + L::kQuery + c.warp * L::kQueryStride;
@@ -182,23 +165,22 @@ struct Attention {
           store_shared16(at + (c.lane + 32 * r) * 2, (u16)T::pack(v[0].low[r], 0));
           store_shared16(at + (c.lane + 32 * r + M::kHeadDim / 2) * 2, (u16)T::pack(v[0].high[r], 0));
         }
+      if (L::kMany && c.lane < kPadding) store_shared16(at + (M::kHeadDim + c.lane) * 2, 0);
       if (newest) {
-        normalise(v[1], kEarly ? key_norm : norm_weights(c, layer, M::kKeyNorm));
-        rotate(v[1], turn);
-        Kv::mix(v[1].low, v[1].high, c.lane);
-        const auto scale = Kv::scale_of(v[1].low, v[1].high);
+        normalise(v[1], kEarly ? key_norm : norm_weights(c, q.layer, M::kKeyNorm));
+        const auto scale = turn_key(c, v[1], turn);
         float score = 0;
 #pragma unroll
         for (int r = 0; r < kPairs; r++)
           score += rounded(v[0].low[r]) * Kv::rounded(v[1].low[r], scale) + rounded(v[0].high[r]) * Kv::rounded(v[1].high[r], scale);
         score = warp_sum(score);
         if (c.lane == 0) store_shared_float(c.shared + L::kNewScore + c.warp * 4, score * M::kScoreScale);
-        if (c.warp == 0 && head % M::kVirtualSplits == 0) append<false>(c, v[1], scale, layer, kv_head, position);
+        if (!L::kMany && c.warp == 0 && q.head % M::kVirtualSplits == 0) append<false>(c, v[1], scale, q);
       }
     }
     if (newest && c.warp == value_warp(queries)) {
       Vector v[1];
-      gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, tag);
+      gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, q);
       const auto scale = Kv::scale_of(v[0].low, v[0].high);
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
@@ -206,14 +188,33 @@ struct Attention {
           store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r) * 4, Kv::rounded(v[0].low[r], scale));
           store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r + M::kHeadDim / 2) * 4, Kv::rounded(v[0].high[r], scale));
         }
-      if (head % M::kVirtualSplits == 0) append<true>(c, v[0], scale, layer, kv_head, position);
+      if (L::kMany && c.lane < kPadding) store_shared_float(c.shared + L::kNewValue + (M::kHeadDim + c.lane) * 4, 0);
+      if (!L::kMany && q.head % M::kVirtualSplits == 0) append<true>(c, v[0], scale, q);
     }
   }
 
+  // The position's key into the cache, by one warp; and its value.
+  static FF_DEVICE void append_key(Consumer<M>& c, const Query& q) {
+    const Vector norm = norm_weights(c, q.layer, M::kKeyNorm);
+    float2 turn[kPairs];
+    turns(c, turn, q.position);
+    Vector v[1];
+    gather(c, v, {Heads<M>::kKeys + (int)Heads<M>::kv_head(q.head) * M::kHeadPad}, q);
+    normalise(v[0], norm);
+    const auto scale = turn_key(c, v[0], turn);
+    append<false>(c, v[0], scale, q);
+  }
+  static FF_DEVICE void append_value(Consumer<M>& c, const Query& q) {
+    Vector v[1];
+    gather(c, v, {Heads<M>::kValues + (int)Heads<M>::kv_head(q.head) * M::kHeadPad}, q);
+    append<true>(c, v[0], Kv::scale_of(v[0].low, v[0].high), q);
+  }
   template <bool kIsValue>
-  static FF_DEVICE void append(Consumer<M>& c, const Vector& v, const typename Kv::Scale& scale, u32 layer, u32 kv_head, u32 position) {
+  static FF_DEVICE void append(Consumer<M>& c, const Vector& v, const typename Kv::Scale& scale, const Query& q) {
+    u32 position = q.position;
     asm volatile("" : "+r"(position));  // or the offsets below would be computed for all pieces at once, and spill
-    u8* block = c.p.kv + (((u64)layer * M::kKvHeads + kv_head) * c.p.kv_blocks + position / 16) * M::kKvBlockBytes;
+    const u64 first = ((u64)q.layer * M::kKvHeads + Heads<M>::kv_head(q.head)) * c.p.kv_blocks;
+    u8* block = q.cache + (first + position / 16) * M::kKvBlockBytes;
     auto put = [&](u32 dim, float x) {
       const u32 at = kIsValue ? Kv::value(position & 15, dim) : Kv::key(position & 15, dim);
       Kv::put(block, at, x, scale);
@@ -365,4 +366,43 @@ struct Attention {
   }
 
   static FF_DEVICE u32 value_warp(u32 queries) { return queries < kConsumers ? queries : kConsumers - 1; }
+};
+
+template <class M, class S>
+struct Attention {
+  using Piece = HeadPiece<M>;
+
+  static FF_DEVICE void run(Finisher<M>&, u32, u32) {}
+  static FF_DEVICE void run(Producer<M>&, u32, u32) {}
+
+  static FF_DEVICE void run(Consumer<M>& c, u32 step, u32 layer) {
+    u32 piece = 0;
+#pragma unroll 1
+    for (;; piece++) {
+      c.enter(S::kWhere, layer);
+      // NOTE: computed anew for each piece: kept through the loop, it would spill.
+      const u32 position = c.position(step);
+      const KvShare<M> share(position, blockIdx.x);
+      const u32 next = piece ? (share.next / share.per_head + piece) * share.per_head : share.next;
+      if (next >= share.end) break;
+      const u32 head = next / share.per_head, first = next - head * share.per_head;
+      u32 count = share.end - next;
+      if (count > share.per_head - first) count = share.per_head - first;
+      const bool newest = first + count == share.per_head;
+      c.sync();  // the piece before this one may still be read
+      if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
+      Piece::prepare(c, {layer, head, position, c.tag(step, layer), c.words(S::kInput), c.p.kv}, newest);
+      c.sync();
+      if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
+      float out[Piece::kSteps][4];
+      Piece::attend(c, out, first, count, position);
+      const u32 warps = count < kConsumers ? count : kConsumers;  // that have seen any positions
+      u64* const to = c.words(S::kOutput) + (u64)(blockIdx.x * M::kPieces + piece) * M::kPieceWords;
+      Piece::publish(c, out, head, newest, warps, c.tag(step, layer), to);
+      if (c.warp == 0) c.mark(1, step, layer, S::kWhere, 1);
+    }
+    if (piece == 0) return;
+    __syncwarp();
+    if (c.lane == 0) barrier_arrive(c.shared + Layout<M>::kAttended);
+  }
 };

@@ -8,7 +8,6 @@ template <class M, class S>
 struct Combine {
   using T = typename M::Value;
   using L = Layout<M>;
-  using Pieces = Attention<M, typename S::Source>;
   static constexpr int kBatch = 3;  // pieces a lane sums in a pass
   static constexpr u32 kPass = 8 * kBatch;
 
@@ -33,7 +32,7 @@ struct Combine {
       const u32 in_group = query % M::kGroup;
       const u32 head = query / M::kGroup * M::kVirtualSplits + in_group / M::kVirtualGroup, column = in_group % M::kVirtualGroup;
       const u32 first = share.first_owner(head), last = share.last_owner(head);
-      float top = Pieces::kNever, sum = 0, y0 = 0, y1 = 0;
+      float top = HeadPiece<M>::kNever, sum = 0, y0 = 0, y1 = 0;
 #pragma unroll 1
       for (u32 base = first; base <= last; base += kPass) {
         const bool mine = f.lane < kPass && base + f.lane <= last;

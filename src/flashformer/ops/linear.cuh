@@ -93,6 +93,16 @@ struct ProductOf<M, S, true> {
   using Type = IntegerProduct<M, S>;
 };
 
+// A part of a group of tiles, as soon as its chunk has landed.
+template <class S, class C, class Part>
+FF_DEVICE void load_part(C& c, Part& to, u32 tiles, u32 groups, u32 group) {
+  constexpr u32 kChunkTiles = S::kStack * S::kWarpsRows;
+  const u32 at = group % S::kStack, left = tiles - group / S::kStack * kChunkTiles;
+  if (at == 0) c.acquire();
+  to.load(c.chunk_address(), left < kChunkTiles ? left : kChunkTiles, at * kConsumers + c.warp, c.lane);
+  if (at + 1 == S::kStack || group + 1 == groups) c.release();
+}
+
 template <class M, class S>
 struct Linear {
   using T = typename M::Value;
@@ -257,21 +267,11 @@ struct Linear {
     if constexpr (part < S::kParts) {
       constexpr int kSize = part_size(S::kFragments, S::kParts, part);
       Loaded<S, kSize, part + 1 == S::kParts> now;
-      load(c, now, tiles, groups, group);
+      load_part<S>(c, now, tiles, groups, group);
       product.template add<first>(now, operand, c.lane);
       add_parts<part + 1, first + kSize>(c, product, operand, tiles, groups, group);
     }
   }
-  // A part of a group, as soon as its chunk has landed.
-  template <int size, bool kLast>
-  static FF_DEVICE void load(Consumer<M>& c, Loaded<S, size, kLast>& to, u32 tiles, u32 groups, u32 group) {
-    constexpr u32 kChunkTiles = S::kStack * S::kWarpsRows;
-    const u32 at = group % S::kStack, left = tiles - group / S::kStack * kChunkTiles;
-    if (at == 0) c.acquire();
-    to.load(c.chunk_address(), left < kChunkTiles ? left : kChunkTiles, at * kConsumers + c.warp, c.lane);
-    if (at + 1 == S::kStack || group + 1 == groups) c.release();
-  }
-
   // Four tiles' sums of a lane -> lane (g, t): row g of tile t, summed over the lanes that had columns of it.
   static FF_DEVICE float sum_quads(const float (&v)[4], u32 lane) {
     const bool upper = lane & 2, odd = lane & 1;

@@ -4,22 +4,21 @@
 #pragma once
 #include "rounds.cuh"
 
-template <class M, class S>
+template <class M, class S, int kTeam = M::kFinishers>
 struct Report {
-  using At = Rounds<M, S>;
+  using At = Rounds<M, S, kTeam>;
 
   // For one finisher, after the first round, which found `all`: list this block's tokens that may be among the most likely ones.
-  static FF_DEVICE void begin(const Finisher<M>& f, u32 step, const Part& all) {
-    const Sampling& s = f.p.sampling;
+  static FF_DEVICE void begin(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step, const Part& all) {
     if (f.lane == 0) {
-      store_shared_float(f.shared + At::kSoftmax, logit_of(all.count[1]));
-      store_shared_float(f.shared + At::kSoftmax + 4, all.sum());
+      store_shared_float(meeting.softmax, logit_of(all.count[1]));
+      store_shared_float(meeting.softmax + 4, all.sum());
     }
     __syncwarp();
-    const u32 mine = load_shared(f.shared + At::kBest + blockIdx.x * 8 + 4);
+    const u32 mine = load_shared(At::base(f) + At::kBest + blockIdx.x * 8 + 4);
     u32 rank = 0;
     for (u32 block = f.lane; block < M::kWorkers; block += 32) {
-      const u32 other = load_shared(f.shared + At::kBest + block * 8 + 4);
+      const u32 other = load_shared(At::base(f) + At::kBest + block * 8 + 4);
       rank += other < mine || (other == mine && block < blockIdx.x) ? 1 : 0;
     }
     rank = __reduce_add_sync(kAllLanes, rank);
@@ -38,18 +37,18 @@ struct Report {
       if (f.lane == place) entry = best;
       from = best + 1;
     }
-    if (f.lane < most) store_words(lists(f) + 2 * (f.lane * width(s) + rank), (u32)entry, (u32)(entry >> 32), epoch(f, step));
+    if (f.lane < most) store_words(meeting.lists + 2 * (f.lane * width(s) + rank), (u32)entry, (u32)(entry >> 32), epoch(f, step));
   }
 
-  // For one finisher of each block: the token of this step is `chosen`. The host is told by the block that has its row, and by the first.
-  static FF_DEVICE void send(const Finisher<M>& f, u32 step, u32 chosen, bool own) {
-    const Sampling& s = f.p.sampling;
-    u64* report = s.report + (u64)(step + 1 - f.p.forced_count) * kReportWords;
-    const float likeliest = load_shared_float(f.shared + At::kSoftmax), sum = load_shared_float(f.shared + At::kSoftmax + 4);
+  // For one finisher of each block: `chosen` is token number `made` of those to be reported. The host is told by the block that has its
+  // row, and by the first.
+  static FF_DEVICE void send(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step, u32 made, u32 chosen, bool own) {
+    u64* report = s.report + (u64)made * kReportWords;
+    const float likeliest = load_shared_float(meeting.softmax), sum = load_shared_float(meeting.softmax + 4);
     if (own && f.lane == 0) store_host(report + 1, join(float_bits(s.raw[chosen]), float_bits(likeliest)));
     if (blockIdx.x != 0) return;
     if (f.lane == 0) store_host(report, (u64)(sum * (float)(1ull << kMassBits)));
-    const u32 count = gather(f, step);
+    const u32 count = gather(f, s, meeting.lists, step);
 #pragma unroll 1
     for (u32 i = f.lane; i < count; i += 32) {
       const u64 entry = listed(f, i);
@@ -62,17 +61,16 @@ struct Report {
 
  private:
   static FF_DEVICE u32 epoch(const Finisher<M>& f, u32 step) { return f.p.epoch + Block<M>::fresh(step); }
-  // [place in its list][width: rank of its block]
-  static FF_DEVICE u64* lists(const Finisher<M>& f) { return f.words(S::kLists); }
+  // Of lists [place in its list][width: rank of its block].
   static FF_DEVICE u32 width(const Sampling& s) { return min(s.reported, M::kWorkers); }
   static FF_DEVICE u64 listed(const Finisher<M>& f, u32 i) {
-    const uint2 v = load_shared2(f.shared + At::kList + i * 8);
+    const uint2 v = load_shared2(At::base(f) + At::kList + i * 8);
     return join(v.x, v.y);
   }
 
   // All that is listed, into shared memory; how many there are.
-  static FF_DEVICE u32 gather(const Finisher<M>& f, u32 step) {
-    const u32 n = f.p.sampling.reported, ranks = width(f.p.sampling), tag = epoch(f, step);
+  static FF_DEVICE u32 gather(const Finisher<M>& f, const Sampling& s, const u64* lists, u32 step) {
+    const u32 n = s.reported, ranks = width(s), tag = epoch(f, step);
     Wait wait;
     u32 count = 0;
 #pragma unroll 1
@@ -80,13 +78,13 @@ struct Report {
       const u32 at = first + f.lane, place = at / ranks;
       u64 a = join(~0u, tag), b = a;
       if (place + at % ranks < n)
-        do load_words(lists(f) + 2 * at, a, b);
+        do load_words(lists + 2 * at, a, b);
         while ((split(a).tag != tag || split(b).tag != tag) && !wait.expired(f.watch));
       __syncwarp();
       const u32 low = split(a).value, high = split(b).value, there = __ballot_sync(kAllLanes, join(low, high) != kNothing);
       if (there == 0) break;  // the lists have ended
       if (there >> f.lane & 1) {
-        const u32 to = f.shared + At::kList + (count + __popc(there & ((1u << f.lane) - 1))) * 8;
+        const u32 to = At::base(f) + At::kList + (count + __popc(there & ((1u << f.lane) - 1))) * 8;
         store_shared(to, low);
         store_shared(to + 4, high);
       }

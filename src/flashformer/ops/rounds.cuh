@@ -1,13 +1,14 @@
 // Where all blocks meet within a token that is chosen by more than its score: in each round every block tells its part, and all
-// learn what comes of all parts. Finishers share the work; they have the shared memory of the reductions, which are over.
+// learn what comes of all parts. All finishers share the work on a token, or each works on tokens of its own. They have the shared memory
+// of the reductions, which are over.
 #pragma once
 #include "roles.cuh"
 
 #include "sampling.hpp"
 
 // use(row, its kEach values) for every kLanes-th group of rows of the head among those that this block has, ascending.
-// NOTE: values are fetched some rows ahead: the trip is longer than what is done with them.
-template <u32 kLanes, u32 kEach, u32 kAhead = 3, class M, class Use>
+// NOTE: values are fetched some rows ahead, the more the fewer warps share them: the trip is longer than what is done with them.
+template <u32 kLanes, u32 kEach, u32 kAhead = (kLanes > 32 ? 3 : 6), class M, class Use>
 FF_DEVICE void each_row(const Finisher<M>& f, u32 lane, const float* values, Use use) {
   constexpr u32 kRows = 4 / kEach, kStep = kLanes * kRows;
   const uint2 tiles = f.tiles(M::kHeadTiles);
@@ -116,30 +117,58 @@ struct Part {
 
 constexpr int kMostListed = kMostReported * (kMostReported + 1) / 2;  // tokens that a report's lists hold: see report.cuh
 
-template <class M, class S>
+// Where blocks meet for one token, and what stays of it.
+struct Meeting {
+  u64* rounds;  // [2 by epoch][2 by round][blocks] parts
+  u64* lists;   // of the report
+  u32 softmax;  // in shared memory: (largest, sum of exponentials) of the logits as the model gives them
+};
+
+// `kTeam` finishers work on a token: all, or one.
+template <class M, class S, int kTeam = M::kFinishers>
 struct Rounds {
-  static constexpr int kOwn = 0, kAll = kOwn + M::kFinishers * Part::kWords * 4;  // parts of the finishers: of this block, of all
-  static constexpr int kBest = kAll + M::kFinishers * Part::kWords * 4;           // [blocks] orders of: the largest logit, the likeliest
-  static constexpr int kList = kBest + M::kWorkers * 8;                           // of the report
+  static constexpr u32 kLanes = kTeam * 32;
+  // Of a team in shared memory:
+  static constexpr int kOwn = 0, kAll = kOwn + kTeam * Part::kWords * 4;  // parts of the finishers: of this block, of all
+  static constexpr int kBest = kAll + kTeam * Part::kWords * 4;           // [blocks] orders of: the largest logit, the likeliest
+  static constexpr int kList = kBest + M::kWorkers * 8;                   // of the report
+  static constexpr int kBytes = kList + kMostListed * 8;
+  static constexpr int kSoftmax = kBytes * (M::kFinishers / kTeam);       // [columns] see Meeting
+  static constexpr int kEnd = kSoftmax + M::kColumns * 8;
   static constexpr u64 kGivenUp = 0;  // in the place of a candidate, better than any: a wait took too long
-  static constexpr int kSoftmax = kList + kMostListed * 8;  // (largest, sum of exponentials) of the logits as the model gives them
-  static constexpr int kEnd = kSoftmax + 8;
   static_assert(kEnd <= Layout<M>::kResidual && Part::kWords == S::kPartWords, "see codegen.py");
 
-  // All blocks' parts as one. NOTE: two copies by round, since a fast block may be a round ahead of a slow one, and two by token.
-  static FF_DEVICE Part meet(Finisher<M>& f, u32 step, u32 round, Part mine) {
-    const u32 epoch = f.p.epoch + Block<M>::fresh(step), tag = epoch * S::kRoundTags + round % S::kRoundTags;
-    u64* parts = f.words(S::kRounds) + (epoch % 2 * 2 + round % 2) * M::kWorkers * Part::kWords;
-    const bool first = round == 0;
+  static FF_DEVICE u32 base(const Finisher<M>& f) { return f.shared + (kTeam == M::kFinishers ? 0 : f.index * kBytes); }
+  static FF_DEVICE u32 lane(const Finisher<M>& f) { return (kTeam == M::kFinishers ? f.index * 32 : 0) + f.lane; }
+
+  // All blocks' parts as one, for a team of all finishers.
+  static FF_DEVICE Part meet(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step, u32 round, Part mine) {
+    const Round r = round_of(f, meeting, step, round);
     // NOTE: a loop, so that the code is there once.
 #pragma unroll 1
     for (int place = kOwn; place <= kAll; place += kAll - kOwn) {
-      if (place == kAll) mine = look(f, parts, tag, first);
-      mine = merge_finishers(f, place, mine, first);
-      if (place == kOwn && f.index == 0 && f.lane == 0) publish(f, parts, tag, mine, first);
+      if (place == kAll) {
+        Looks<M> looks(f.looks_place(S::kWhere));
+        mine = look<1>(f, looks, r);
+      }
+      mine = merge_finishers(f, place, mine, r.first);
+      if (place == kOwn && f.index == 0 && f.lane == 0) publish(s, r, mine);
       __syncwarp();
     }
     return mine;
+  }
+  // The same for a team of one, in two halves.
+  static FF_DEVICE void tell(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step, u32 round, Part mine) {
+    const Round r = round_of(f, meeting, step, round);
+    mine.merge_lanes(r.first);
+    if (f.lane == 0) publish(s, r, mine);
+    __syncwarp();
+  }
+  static FF_DEVICE Part hear(const Finisher<M>& f, Looks<M>& looks, const Meeting& meeting, u32 step, u32 round) {
+    const Round r = round_of(f, meeting, step, round);
+    Part all = look<2>(f, looks, r);
+    all.merge_lanes(r.first);
+    return all;
   }
 
   // An order that the best tokens of at least n blocks have or surpass, to 16 bits; `which`: 0 by their logits, 1 by those of the model
@@ -150,7 +179,7 @@ struct Rounds {
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
       const u32 block = f.lane + i * 32;
-      best[i] = block < M::kWorkers ? load_shared(f.shared + kBest + block * 8 + which * 4) : ~0u;
+      best[i] = block < M::kWorkers ? load_shared(base(f) + kBest + block * 8 + which * 4) : ~0u;
     }
 #pragma unroll 1
     for (u32 bit = 1u << 31; bit > 0xffff; bit >>= 1) {
@@ -165,52 +194,65 @@ struct Rounds {
  private:
   static constexpr int kEach = ceil_div((int)M::kWorkers, 32);
 
-  static FF_DEVICE void publish(const Finisher<M>& f, u64* parts, u32 tag, Part& mine, bool first) {
-    const Sampling& s = f.p.sampling;
+  struct Round {
+    u64* parts;
+    u32 tag;
+    bool first;
+  };
+  // NOTE: two copies by round, since a fast block may be a round ahead of a slow one, and two by token.
+  static FF_DEVICE Round round_of(const Finisher<M>& f, const Meeting& meeting, u32 step, u32 round) {
+    const u32 epoch = f.p.epoch + Block<M>::fresh(step), tag = epoch * S::kRoundTags + round % S::kRoundTags;
+    return {meeting.rounds + (epoch % 2 * 2 + round % 2) * M::kWorkers * Part::kWords, tag, round == 0};
+  }
+
+  static FF_DEVICE void publish(const Sampling& s, const Round& r, Part& mine) {
     if (s.flags & kSelected && mine.token() < M::kVocab) mine.order = order_of(s.scores[2 * mine.token()]);
-    if (first && blockIdx.x == 0 && load_volatile(f.p.cancel)) mine.news = 1;
     u32 w[Part::kWords];
     mine.pack(w);
 #pragma unroll
-    for (int i = 0; i < Part::kWords; i += 2) store_words(parts + blockIdx.x * Part::kWords + i, w[i], w[i + 1], tag);
+    for (int i = 0; i < Part::kWords; i += 2) store_words(r.parts + blockIdx.x * Part::kWords + i, w[i], w[i + 1], r.tag);
   }
 
-  // This finisher's share of all blocks' parts.
-  static FF_DEVICE Part look(const Finisher<M>& f, const u64* parts, u32 tag, bool first) {
-    constexpr u32 kLanes = M::kFinishers * 32;
-    Looks<M> looks(f.looks_place(S::kWhere));
-    Part sum = Part::nothing(first);
-    // NOTE: one block after the other, since two would take too many registers.
+  // This finisher's share of all blocks' parts, `kTogether` a lane at a time: a trip to memory for each, and registers for all.
+  template <u32 kTogether>
+  static FF_DEVICE Part look(const Finisher<M>& f, Looks<M>& looks, const Round& r) {
+    Part sum = Part::nothing(r.first);
 #pragma unroll 1
-    for (u32 block = f.index * 32 + f.lane; block - f.lane < M::kWorkers; block += kLanes) {
-      const bool exists = block < M::kWorkers;
-      u32 values[Part::kWords];
+    for (u32 block = lane(f); block - f.lane < M::kWorkers; block += kLanes * kTogether) {
+      u64 w[kTogether][Part::kWords];
+#pragma unroll
+      for (u32 i = 0; i < kTogether * Part::kWords; i++) w[i / Part::kWords][i % Part::kWords] = join(0, r.tag);
       bool here;
       do {
         if (!looks.again(f.watch)) {
           sum.candidate = kGivenUp;
           return sum;
         }
-        u64 w[Part::kWords];
+#pragma unroll
+        for (u32 k = 0; k < kTogether; k++)
+#pragma unroll
+          for (int i = 0; i < Part::kWords; i += 2) {
+            const u64* from = r.parts + block * Part::kWords + (k * kLanes * Part::kWords + i);
+            if (block + k * kLanes < M::kWorkers) load_words(from, w[k][i], w[k][i + 1]);
+          }
         here = true;
 #pragma unroll
-        for (int i = 0; i < Part::kWords; i += 2) {
-          w[i] = w[i + 1] = join(0, tag);
-          if (exists) load_words(parts + block * Part::kWords + i, w[i], w[i + 1]);
-        }
-#pragma unroll
-        for (int i = 0; i < Part::kWords; i++) {
-          here = here && split(w[i]).tag == tag;
-          values[i] = split(w[i]).value;
-        }
+        for (u32 i = 0; i < kTogether * Part::kWords; i++) here = here && split(w[i / Part::kWords][i % Part::kWords]).tag == r.tag;
       } while (!looks.found(here, f.lane));
-      if (!exists) break;
-      const Part part = Part::unpack(values);
-      if (first) {
-        store_shared(f.shared + kBest + block * 8, part.count[0]);
-        store_shared(f.shared + kBest + block * 8 + 4, part.count[1]);
+#pragma unroll
+      for (u32 k = 0; k < kTogether; k++) {
+        if (block + k * kLanes >= M::kWorkers) break;
+        u32 values[Part::kWords];
+#pragma unroll
+        for (int i = 0; i < Part::kWords; i++) values[i] = split(w[k][i]).value;
+        const Part part = Part::unpack(values);
+        if (r.first) {
+          const u32 best = base(f) + kBest + (block + k * kLanes) * 8;
+          store_shared(best, part.count[0]);
+          store_shared(best + 4, part.count[1]);
+        }
+        sum.merge(part, r.first);
       }
-      sum.merge(part, first);
     }
     __syncwarp();
     return sum;

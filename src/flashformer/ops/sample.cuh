@@ -8,21 +8,101 @@
 #include "report.cuh"
 #include "select.cuh"
 
+// What a logit counts in the choice of the token at `position`; what is to be looked at closer is kept in `raw` and `scores`, which stand
+// for those of `s`. `seen`: see `adjusted`.
+FF_DEVICE float weigh(const Sampling& s, float* raw, float* scores, float logit, u32 token, u32 seen, u32 position) {
+  if (s.flags & kReported) raw[token] = logit;
+  const float x = adjusted(s, logit, token, seen), counted = score(s, x, position, token);
+  if (s.flags & kSelected) {
+    scores[2 * token] = x;
+    scores[2 * token + 1] = counted;
+  }
+  return counted;
+}
+
 // One logit of a finisher's lane. What is not used costs one branch that all lanes take alike.
 template <class M>
 FF_DEVICE void take_logit(Finisher<M>& f, u32 step, u32 token, float logit) {
   const Sampling& s = f.p.sampling;
-  if (s.flags) {
-    if (s.flags & kReported) s.raw[token] = logit;
-    const float x = adjusted(s, logit, token);
-    logit = score(s, x, f.position(step) + 1, token);
-    if (s.flags & kSelected) {
-      s.scores[2 * token] = x;
-      s.scores[2 * token + 1] = logit;
-    }
-  }
+  if (s.flags) logit = weigh(s, s.raw, s.scores, logit, token, s.flags & kPenalised ? s.seen[token] : 0, f.position(step) + 1);
   f.propose(logit, token);
 }
+
+// The token of the best score, or why there is none.
+struct Choice {
+  bool found;
+  u32 token;
+};
+template <class M>
+FF_DEVICE Choice choice_of(float score, u32 token) {
+  const bool found = score < INFINITY && token < M::kVocab;
+  return {found, found ? token : score < INFINITY ? kNoneAllowed : kNotFinite};
+}
+
+template <class M>
+FF_DEVICE bool owns(const Finisher<M>& f, u32 token) {
+  const uint2 tiles = f.tiles(M::kHeadTiles);
+  return token / 8 - tiles.x < tiles.y;
+}
+
+// The choice of a token that is selected or reported: what is learnt of it from round to round. See Rounds for `kTeam`.
+// NOTE: this block's consumers must be at rest.
+template <class M, class S, int kTeam = M::kFinishers>
+struct Decision {
+  using At = Rounds<M, S, kTeam>;
+  Part all;  // its candidate is the best one that is not dropped
+  Selection<M> selection;
+
+  // This block's part of the first round; `candidate`: the lane's best one, as `ranked`.
+  static FF_DEVICE Part opening(const Finisher<M>& f, const Sampling& s, u64 candidate, u32 news) {
+    Part part = Part::of(candidate, true);
+    part.news = news;
+    if (s.flags & kSelected)
+      each_row<At::kLanes, 2>(f, At::lane(f), s.scores, [&](u32, float x, float) { part.count[0] = min(part.count[0], order_of(x)); });
+    if (s.flags & kReported) each_row<At::kLanes, 1>(f, At::lane(f), s.raw, [&](u32, float x) { part.add_logit(x); });
+    return part;
+  }
+
+  // What comes of a round. True: the candidate is the choice; else there is another round.
+  FF_DEVICE bool learn(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step, u32 round, const Part& part) {
+    bool done = part.candidate == At::kGivenUp;
+    if (round == 0) {
+      all = part;
+      if (s.flags & kReported && (kTeam == 1 || f.index == 0)) Report<M, S, kTeam>::begin(f, s, meeting, step, all);
+      done |= !(s.flags & kSelected) || !(all.score() < INFINITY) || all.token() >= M::kVocab;
+      if (!done) {
+        const u32 k = s.flags & kTopK ? min(s.top_k, M::kVocab) : M::kVocab;
+        selection.begin(s, all, k, At::nth_best(f, 0, k));
+      }
+    } else {
+      done |= selection.learn(s, round, part, all);
+    }
+    return done || selection.settled(s, all);
+  }
+
+  // What is kept between rounds, in shared memory.
+  static constexpr int kStateBytes = 72;
+  FF_DEVICE void store(u32 at) const {
+    const Cut& c = selection.cut;
+    const u32 words[] = {(u32)all.candidate, (u32)(all.candidate >> 32), all.order, c.k, c.largest,
+                         c.low.order, c.low.count, (u32)c.low.mass, (u32)(c.low.mass >> 32),
+                         c.high.order, c.high.count, (u32)c.high.mass, (u32)(c.high.mass >> 32),
+                         selection.limit, selection.reach, selection.probe, selection.pending};
+    static_assert(sizeof words <= kStateBytes, "");
+#pragma unroll
+    for (u32 i = 0; i < sizeof words / 4; i++) store_shared(at + i * 4, words[i]);
+  }
+  static FF_DEVICE Decision load(u32 at) {
+    u32 w[kStateBytes / 4];
+#pragma unroll
+    for (u32 i = 0; i < kStateBytes / 4; i++) w[i] = load_shared(at + i * 4);
+    Decision decision{Part::nothing(true)};
+    decision.all.candidate = join(w[0], w[1]);
+    decision.all.order = w[2];
+    decision.selection = {{w[3], w[4], {w[5], w[6], join(w[7], w[8])}, {w[9], w[10], join(w[11], w[12])}}, w[13], w[14], w[15], w[16] != 0};
+    return decision;
+  }
+};
 
 template <class M, class S>
 struct Sample {
@@ -41,8 +121,7 @@ struct Sample {
     const bool chosen = step + 1 >= f.p.forced_count;  // this token's choice goes to the user and is the next input
     const bool cancelled = chosen && f.p.sampling.flags & (kSelected | kReported) ? look_closer(f, step) : exchange(f, step);
     if (f.index == 0) {
-      const bool found = f.best < INFINITY && f.best_row < M::kVocab;
-      const u32 choice = found ? f.best_row : f.best < INFINITY ? kNoneAllowed : kNotFinite;
+      const auto [found, choice] = choice_of<M>(f.best, f.best_row);
       bool last = step + 1 == f.p.steps || cancelled || load_volatile(f.p.status) != 0;
       if (chosen) {
         last |= !found;
@@ -50,7 +129,8 @@ struct Sample {
       }
       fence_device();  // what others wrote before they published is visible from here on: the KV cache
       fence_copy_engine();
-      if (chosen && found && (f.p.sampling.flags & kReported)) Report<M, S>::send(f, step, choice, owns(f, choice));
+      if (chosen && found && (f.p.sampling.flags & kReported))
+        Report<M, S>::send(f, f.p.sampling, meeting(f), step, step + 1 - f.p.forced_count, choice, owns(f, choice));
       if (f.lane == 0) {
         // NOTE: a token's row belongs to one block, which alone reads and writes how often the token was seen.
         if (chosen && found && (f.p.sampling.flags & kPenalised) && owns(f, choice)) f.p.sampling.seen[choice]++;
@@ -65,11 +145,6 @@ struct Sample {
 
  private:
   static constexpr u32 kCancel = 0x80000000u;
-
-  static FF_DEVICE bool owns(const Finisher<M>& f, u32 token) {
-    const uint2 tiles = f.tiles(M::kHeadTiles);
-    return token / 8 - tiles.x < tiles.y;
-  }
 
   // The best of all blocks' candidates, for the first finisher; whether the launch is cancelled.
   static FF_DEVICE bool exchange(Finisher<M>& f, u32 step) {
@@ -111,49 +186,27 @@ struct Sample {
 
   // The same where tokens are selected or reported, for all finishers.
   static FF_DEVICE bool look_closer(Finisher<M>& f, u32 step) {
-    using At = Rounds<M, S>;
-    const Sampling& s = f.p.sampling;
+    const u32 cancel = f.index == 0 && blockIdx.x == 0 && load_volatile(f.p.cancel);
     // NOTE: from here on this block's consumers are at rest, and the shared memory of the reductions is free.
     barrier_wait(f.shared + L::kDone, step & 1, f.watch);
     f.sync();
-    Part part = opening(f), all = part;
-    Selection<M> selection;
-    bool cancelled = false, done = false;
+    const Sampling& s = f.p.sampling;
+    Decision<M, S> decision;
+    Part part = decision.opening(f, s, ranked(f.best, f.best_row), cancel);
 #pragma unroll 1
-    for (u32 round = 0; !done; round++) {
-      part = At::meet(f, step, round, part);
-      done = part.candidate == At::kGivenUp;
-      if (round == 0) {
-        all = part;
-        cancelled = all.news != 0;
-        if (s.flags & kReported && f.index == 0) Report<M, S>::begin(f, step, all);
-        done |= !(s.flags & kSelected) || !(all.score() < INFINITY) || all.token() >= M::kVocab;
-        if (!done) {
-          const u32 k = s.flags & kTopK ? min(s.top_k, M::kVocab) : M::kVocab;
-          selection.begin(s, all, k, At::nth_best(f, 0, k));
-        }
-      } else {
-        done |= selection.learn(s, round, part, all);
-      }
-      done = done || selection.settled(s, all);
-      if (!done) part = selection.tally(f);
+    for (u32 round = 0;; round++) {
+      part = Rounds<M, S>::meet(f, s, meeting(f), step, round, part);
+      if (decision.learn(f, s, meeting(f), step, round, part)) break;
+      part = decision.selection.template tally<Rounds<M, S>>(f, s);
     }
+    const Part& all = decision.all;
     f.best = all.score();
     f.best_row = all.token();
     fence_device();  // each finisher has seen other blocks' words: what these wrote before is visible to all of this block
     f.sync();
-    return cancelled;
+    return all.news != 0;
   }
-
-  // This block's part of the first round.
-  static FF_DEVICE Part opening(const Finisher<M>& f) {
-    constexpr u32 kLanes = M::kFinishers * 32;
-    const Sampling& s = f.p.sampling;
-    const u32 thread = f.index * 32 + f.lane;
-    Part part = Part::of(ranked(f.best, f.best_row), true);
-    if (s.flags & kSelected)
-      each_row<kLanes, 2>(f, thread, s.scores, [&](u32, float x, float) { part.count[0] = min(part.count[0], order_of(x)); });
-    if (s.flags & kReported) each_row<kLanes, 1>(f, thread, s.raw, [&](u32, float x) { part.add_logit(x); });
-    return part;
+  static FF_DEVICE Meeting meeting(const Finisher<M>& f) {
+    return {f.words(S::kRounds), f.words(S::kLists), f.shared + Rounds<M, S>::kSoftmax};
   }
 };

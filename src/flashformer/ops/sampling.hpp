@@ -126,7 +126,6 @@ FF_BOTH float adjusted(const Sampling& s, float x, u32 token, u32 seen) {
   }
   return x;
 }
-FF_BOTH float adjusted(const Sampling& s, float x, u32 token) { return adjusted(s, x, token, s.flags & kPenalised ? s.seen[token] : 0); }
 
 // What the chosen token has most of: at temperature 0 the logit, else logit / temperature + noise.
 FF_BOTH float score(const Sampling& s, float x, u32 position, u32 token) {

@@ -88,11 +88,11 @@ struct Selection {
   }
 
   // This block's part of a round: the tokens of at most the two orders, and the best candidate of those within reach.
-  FF_DEVICE Part tally(Finisher<M>& f) const {
-    const Sampling& s = f.p.sampling;
+  template <class At>
+  FF_DEVICE Part tally(Finisher<M>& f, const Sampling& s) const {
     Part part = Part::nothing(false);
     f.forget();
-    each_row<M::kFinishers * 32, 2>(f, f.index * 32 + f.lane, s.scores, [&](u32 row, float x, float score) {
+    each_row<At::kLanes, 2>(f, At::lane(f), s.scores, [&](u32 row, float x, float score) {
       const u32 order = order_of(x);
       if (order <= reach) f.propose(score, row);
       if (order <= probe && order > part.news) part.news = order;

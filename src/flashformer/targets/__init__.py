@@ -36,6 +36,7 @@ class Target:
     mixed_layers: bool = False  # whether the same stage of two layers may have different formats
     chunk_unit: int = 128  # bytes: chunks of a tape begin at multiples of it
     columns: tuple[int, ...] = (1,)  # how many token positions a pass may carry: one of these
+    usual_columns: int = 1  # of an engine that is not told otherwise
     # GPU only: shared memory, roles and pacing.
     shared_bytes: int = 0  # that one thread block may use
     finisher_warps: int = 3  # 8 consumers, 3 finishers and the producer: 168 registers each
@@ -45,6 +46,7 @@ class Target:
     prefetch_chunks: int = 0  # how far L2 prefetches run ahead of a full ring
     prefetch_cycles: int = 0  # between two of them: an SM's fair share of the bandwidth
     first_look_cycles: int = 0  # before a vector is polled: an exchange takes no less
+    panel_bytes: int = 0  # that vectors of several columns may take of shared memory, if need be by less than a whole vector
     exchange_copies: int = 1  # of a vector that every SM reads, so that not all poll the same lines
     kv_min_blocks: int = 2  # fewest blocks of the KV cache that are worth a piece of their own
     kv_slack_bytes: int = 65536  # of the KV cache that an SM may read beyond its even share, so that it meets one head only

@@ -20,4 +20,5 @@ TARGET = Target(
     mixed_layers=True,
     chunk_unit=64,  # a cache line
     columns=(1, 2, 4, 8, 16),
+    usual_columns=16,
 )

@@ -11,6 +11,8 @@ TARGET = replace(
     description="NVIDIA Blackwell (RTX 50, RTX PRO)",
     workers=170,
     bandwidth_gb_s=1700.0,
+    columns=(1, 2, 4),
     shared_bytes=101376,
+    panel_bytes=24 << 10,
     prefetch_cycles=3000,
 )

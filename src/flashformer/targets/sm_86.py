@@ -11,5 +11,7 @@ TARGET = replace(
     description="NVIDIA Ampere (A10, RTX 30)",
     workers=84,
     bandwidth_gb_s=880.0,
+    columns=(1, 2, 4),
     shared_bytes=101376,
+    panel_bytes=24 << 10,
 )

@@ -14,7 +14,8 @@ from pathlib import Path
 from ...formats import Format
 from ...geometry import Geometry, ceil_div, choose_geometry, round_up
 from ...plan import LEAST_SCALE, Plan, Stage
-from ..sampling import SAMPLING, SamplingStruct
+from ..sampling import SAMPLING
+from ..sequence import SEQUENCE
 from ..source import Field, camel, constants, ctypes_fields, literal, struct
 
 HEADERS = Path(__file__).parent
@@ -39,20 +40,10 @@ PARAMETERS: tuple[Field, ...] = (
 )
 
 # A sequence's part of a launch: `forced` tokens at positions start.., then the model's own. See columns.h.
-SEQUENCE: tuple[Field, ...] = (
-    ("forced", "const u32*", ctypes.c_void_p, "[forced_count]"),
-    ("stop", "const u32*", ctypes.c_void_p, "[stop_count] tokens that end it"),
+OWN_SEQUENCE: tuple[Field, ...] = (
     ("tokens", "u32*", ctypes.c_void_p, "[count] as they are made"),
     ("seconds", "double*", ctypes.c_void_p, "[count] from the start of the launch to each"),
-    ("cancel", "const u32*", ctypes.c_void_p, "the host writes 1 to end it"),
-    ("logits", "float*", ctypes.c_void_p, "[forced_count][vocab], or null"),
-    ("sampling", "Sampling", SamplingStruct, "how tokens are chosen"),
-    ("forced_count", "u32", ctypes.c_uint32, ""),
-    ("drafts", "u32", ctypes.c_uint32, "of the forced tokens, the last ones"),
-    ("stop_count", "u32", ctypes.c_uint32, ""),
-    ("slot", "u32", ctypes.c_uint32, "of the KV cache"),
-    ("start", "u32", ctypes.c_uint32, ""),
-    ("count", "u32", ctypes.c_uint32, "tokens to make"),
+    *SEQUENCE,
 )
 
 # One launch.
@@ -85,7 +76,7 @@ class Params(ctypes.Structure):
 class SequenceStruct(ctypes.Structure):
     """`Sequence` of the generated source."""
 
-    _fields_ = ctypes_fields(SEQUENCE)
+    _fields_ = ctypes_fields(OWN_SEQUENCE)
 
 
 class Progress(ctypes.Structure):
@@ -367,7 +358,7 @@ def generate(plan: Plan) -> Source:
         "struct Segment;",
         *struct("Params", PARAMETERS),
         *struct("Sampling", SAMPLING),
-        *struct("Sequence", SEQUENCE),
+        *struct("Sequence", OWN_SEQUENCE),
         *struct("Launch", LAUNCH),
         *struct("Progress", PROGRESS),
         *struct("Status", STATUS),

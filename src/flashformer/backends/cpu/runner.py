@@ -14,7 +14,7 @@ from ...checkpoint import Checkpoint
 from ...errors import DeviceError
 from ...ops.rope import rope_table
 from ...plan import Plan
-from .. import GREEDY, Made, Progress, RunStats, Turn, no_progress
+from .. import GREEDY, Made, Progress, RunStats, Turn, alone, no_progress
 from ..sampling import REPORT_WORDS, Sampling, Scores, read_report, token_error
 from .codegen import Launch, Params, SequenceStruct, Source, Status, generate
 from .codegen import Progress as SequenceProgress
@@ -75,19 +75,17 @@ class CpuRunner:
         self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
     ) -> Generator[int, None, None]:
         """See `Runner.generate`."""
-        seconds = []
+        seconds: list[float] = []
+        turn = Turn(0, tokens, start, count, stop, sampling)
         try:
-            with closing(self._run([Turn(0, tokens, start, count, stop, sampling)])) as made:
+            with closing(self._run([turn])) as made:
                 for one in made:
                     if one.error:
                         raise one.error
                     seconds.append(one.seconds)
                     yield one.token
         finally:
-            first, last = (seconds[0], seconds[-1]) if seconds else (0.0, 0.0)
-            steps = range(max(len(seconds) - 1, 0))
-            nbytes = sum(self.plan.token_bytes(start + len(tokens) + i) for i in steps)
-            self.stats = RunStats(len(tokens), start, first, len(seconds), last - first, nbytes)
+            self.stats = alone(self.plan, turn, seconds)
 
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`."""

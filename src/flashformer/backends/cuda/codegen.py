@@ -15,9 +15,10 @@ import numpy as np
 
 from ...errors import PlanError
 from ...formats import PLAIN, Format
-from ...geometry import ceil_div, round_up
+from ...geometry import Geometry, ceil_div, round_up
 from ...plan import COLUMN_HEADS, LEAST_SCALE, Plan, Stage
 from ..sampling import MAX_LOGPROBS, SAMPLING, SamplingStruct
+from ..sequence import SEQUENCE
 from ..source import Field, camel, constants, ctypes_fields, struct
 
 HEADERS = Path(__file__).parent
@@ -30,6 +31,10 @@ STREAM = "weight stream"  # where a waiting producer stands
 PART_WORDS = 10  # of what a block tells in a round within a token: see rounds.cuh
 ROUND_TAGS = 32  # of a token: later rounds begin anew
 LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among the most likely ones: see report.cuh
+CELL = 32  # values of a column that follow each other in a vector of several columns: see panel.cuh
+PART_BUFFERS, SLICE_BUFFERS = 3, 4  # steps of such a vector that are there or on their way: parts of a tile, or slices of codes
+PIECE_BLOCKS = 16  # of the KV cache that are one part of a head's, for several columns: see units.cuh
+KV_PIECES = 32  # most parts of a head's cache whose results a column sums: see units.cuh
 TILE_BITS = 12  # a tile range is packed as first << TILE_BITS | count
 
 # The kernel's parameters.
@@ -60,13 +65,28 @@ PARAMETERS: tuple[Field, ...] = (
     ("steps", "u32", ctypes.c_uint32, "tokens of this launch, at most"),
     ("epoch", "u32", ctypes.c_uint32, "tokens ever made, plus one"),
     ("run", "u32", ctypes.c_uint32, "number of this launch: marks its tokens"),
+    # Of several columns, in the place of forced, stop, tokens, cancel, logits, sampling, start and the counts.
+    ("sequence_count", "u64", ctypes.c_uint64, ""),
+    ("sequences", "const Sequence*", ctypes.c_uint64, "[sequence_count]"),
+    ("column_raw", "float*", ctypes.c_uint64, "[columns][rows of the head] logits as the model gives them (kReported)"),
+    ("column_scores", "float*", ctypes.c_uint64, "[columns][rows of the head] (logit after bias and penalties, score) (kSelected)"),
+    ("slot_bytes", "u64", ctypes.c_uint64, "of the KV cache of a slot"),
 )
+
+# A sequence's part of a launch: `forced` tokens at positions start.., then the model's own. See columns.cuh.
+OWN_SEQUENCE: tuple[Field, ...] = (("tokens", "u64*", ctypes.c_uint64, "host: (token, run) as they are made"), *SEQUENCE)
 
 
 class Params(ctypes.Structure):
     """The kernel's one argument, laid out as the generated struct."""
 
     _fields_ = ctypes_fields(PARAMETERS)
+
+
+class SequenceStruct(ctypes.Structure):
+    """`Sequence` of the generated source."""
+
+    _fields_ = ctypes_fields(OWN_SEQUENCE)
 
 
 @dataclass(frozen=True)
@@ -179,10 +199,50 @@ def describe_format(format: Format) -> list[str]:
     return lines
 
 
-def place_buffers(plan: Plan) -> tuple[dict[str, int], dict[str, int], int]:
-    """Offsets of every buffer and of every moment in the exchange memory, and its size, in words of 8 bytes."""
+@dataclass(frozen=True)
+class Panel:
+    """How a linear stage has x of several columns in shared memory: see panel.cuh."""
+
+    steps: tuple[int, ...]  # cells of a warp, in each column, that are copied at once
+    held: int  # steps that stay; the others come anew for each batch of groups of tiles
+    buffers: int  # places for these, of the largest step
+    nbytes: int  # of all warps
+
+
+def panel(plan: Plan, g: Geometry) -> Panel:
+    """The panel of a stage: as much of x as the target has room for."""
+    slices, cell_bytes = g.format != PLAIN and g.together == 1, CELL * 2 * plan.target.warps * plan.columns
+    steps = tuple(size * g.fragment_columns // CELL for size in ((1,) * g.fragments if slices else g.part_sizes()))
+    held, buffers, room = len(steps), 0, plan.target.panel_bytes // cell_bytes
+    if sum(steps) > room and held > 2:
+        buffers = max(2, min(SLICE_BUFFERS if slices else PART_BUFFERS, room // steps[0]))
+        held = max(0, room // steps[0] - buffers) if g.together == 1 else 0
+    return Panel(steps, held, buffers, cell_bytes * (sum(steps[:held]) + buffers * steps[0]))
+
+
+def most_units(plan: Plan) -> int:
+    """Most parts of the KV cache that the columns of a pass have results of: see units.cuh."""
+    pieces = min(KV_PIECES, ceil_div(plan.kv.blocks, PIECE_BLOCKS))
+    return plan.columns * plan.kv.virtual_heads * pieces
+
+
+@dataclass(frozen=True)
+class Places:
+    """Offsets in the exchange memory, in words of 8 bytes."""
+
+    buffers: dict[str, int]
+    moments: dict[str, int]  # sums of squares, of the buffers that have them
+    flags: dict[str, int]  # of several columns: what says that a block has handed on its part of a buffer
+    appended: int  # of several columns: what says that a key or a value is in the cache
+    size: int
+
+
+def place_buffers(plan: Plan) -> Places:
+    """Lay out the exchange memory."""
+    t, kv, columns = plan.target, plan.kv, plan.columns
     buffers: dict[str, int] = {}
     moments: dict[str, int] = {}
+    flags: dict[str, int] = {}
     total = 0
 
     def take(words: int) -> int:
@@ -192,17 +252,34 @@ def place_buffers(plan: Plan) -> tuple[dict[str, int], dict[str, int], int]:
         return at
 
     for b in plan.buffers:
+        values = round_up(b.values, t.tile_rows)
         if b.kind == "token":
-            words = 4 * (1 + PART_WORDS) * plan.target.workers + LIST_WORDS
+            words = columns * (4 * (1 + PART_WORDS) * t.workers + LIST_WORDS) + (4 if columns > 1 else 0)
         elif b.name == "partials":
-            words = plan.target.workers * pieces(plan) * piece_words(plan)
-        else:
-            values = round_up(b.values, plan.target.tile_rows)
-            words = values if b.kind == "float" else values // 2
+            words = (t.workers * pieces(plan) if columns == 1 else most_units(plan)) * piece_words(plan)
+        elif b.kind == "float":
+            words = columns * values
+        elif columns == 1:
+            words = values // 2
+        else:  # readers' columns, padding included
+            values = max(s.geometry.columns for s in plan.stages if s.geometry and s.reads[0] == b.name)
+            words = round_up(values, CELL) * columns // 4
+            flags[b.name] = take(t.exchange_copies * flag_stride(plan))
         buffers[b.name] = take(words)
         if b.moment:
-            moments[b.name] = take(plan.target.workers)
-    return buffers, moments, total
+            moments[b.name] = take(t.workers if columns == 1 else ceil_div(t.workers * columns, 2))
+    appended = take(2 * columns * kv.heads if columns > 1 else 0)
+    return Places(buffers, moments, flags, appended, total)
+
+
+def flag_stride(plan: Plan) -> int:
+    """Words from one copy of a buffer's flags to the next."""
+    return round_up(plan.target.workers, FLAG_ALIGNMENT)
+
+
+def writers(plan: Plan, buffer: str) -> int:
+    """Blocks that hand on a part of a buffer, in every layer alike."""
+    return max(sum(count > 0 for count in s.count) for s in plan.stages if s.writes == buffer)
 
 
 def place_vectors(plan: Plan) -> Vectors:
@@ -231,7 +308,8 @@ def place_vectors(plan: Plan) -> Vectors:
 def generate(plan: Plan, trace: bool = False) -> Source:
     """The kernel's source text; `trace` adds timestamps. Raises PlanError where a plan exceeds what the kernel's number formats hold."""
     c, t, kv = plan.config, plan.target, plan.kv
-    buffers, moments, exchange_words = place_buffers(plan)
+    places = place_buffers(plan)
+    buffers, moments = places.buffers, places.moments
     vectors = place_vectors(plan)
     embed = plan.stages[0]
     body = plan.layer_stages(0)
@@ -240,7 +318,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     residuals = [s.name for s in body if s.publish_gamma]
     names = (STREAM, *(s.name for s in (embed, *body, head)), "token")
     words = 3 + 2 * c.num_layers
-    slot = slot_bytes(plan)
+    slot, several = slot_bytes(plan), plan.columns > 1
     for stage in plan.stages:
         if stage.count and (max(stage.count) >= 1 << TILE_BITS or stage.tiles >= 1 << (32 - TILE_BITS)):
             raise PlanError(f"{stage.name}: {max(stage.count)} tiles are too many for one of {t.workers} blocks")
@@ -286,9 +364,18 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("u32", "kPrefetchChunks", t.prefetch_chunks * SLOT_BYTES // slot),
         ("int", "kPrefetchCycles", t.prefetch_cycles),
         ("u32", "kFirstLook", t.first_look_cycles),
-        ("int", "kCopies", t.exchange_copies),
-        ("int", "kExchangeWords", exchange_words),
+        ("int", "kCopies", 1 if several else t.exchange_copies),
+        ("int", "kExchangeWords", places.size),
         ("bool", "kTrace", trace),
+        ("int", "kColumns", plan.columns),
+        ("int", "kColumnGroups", ceil_div(plan.columns, 4)),
+        ("int", "kPanelBytes", max(panel(plan, s.geometry).nbytes for s in plan.stages if s.geometry) if several else 0),
+        ("int", "kFlagCopies", t.exchange_copies),
+        ("int", "kFlagStride", flag_stride(plan)),
+        ("int", "kQkvWords", round_up(plan.buffer("qkv").values, t.tile_rows)),
+        ("int", "kAppended", places.appended),
+        ("u32", "kKvPieces", KV_PIECES),
+        ("u32", "kPieceBlocks", PIECE_BLOCKS),
         ("int", "kStages", len(names)),
         ("u32", "kStreamWhere", names.index(STREAM)),
         ("u32", "kTokenWhere", names.index("token")),
@@ -297,6 +384,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated: the headers compute."]
     text.append('#include "prelude.cuh"\n')
     text += struct("Sampling", SAMPLING)
+    text += struct("Sequence", OWN_SEQUENCE)
     text += struct("Params", PARAMETERS)
     text.append('#include "kernel.cuh"\n')
     text.append("struct Model {")
@@ -327,12 +415,20 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 ("int", "kBias", vectors.bias.get(stage.name, -1) if stage.layer >= 0 else -1),
                 ("bool", "kNextLayer", stage.name == "down"),
             ]
+            if several:
+                p = panel(plan, g)
+                facts += [
+                    ("int", "kTogether", g.together),
+                    ("int", "kCells", sum(p.steps)),
+                    ("int", "kStepCells", p.steps[0]),
+                    ("int", "kHeldSteps", p.held),
+                    ("int", "kHeldCells", sum(p.steps[: p.held])),
+                    ("int", "kBuffers", p.buffers),
+                ]
             if g.format != PLAIN:
                 text.extend(describe_format(g.format))
             text.append(f"  static constexpr Epilogue kEpilogue = Epilogue::k{stage.linear.epilogue.capitalize()};")
             text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
-        if stage.kind == "combine":
-            text.append("  using Source = Attention;")
         if stage.kind == "embed":
             facts.append(("int", "kGamma", vectors.embed_gamma))
         if stage.publish_gamma:
@@ -343,6 +439,9 @@ def generate(plan: Plan, trace: bool = False) -> Source:
             facts.append(("int", "kMomentIn", moments[stage.reads[0]]))
         if stage.reads and stage.reads[0] in buffers:
             facts.append(("int", "kInput", buffers[stage.reads[0]]))
+        for end, buffer in (("In", stage.reads[0]), ("Out", stage.writes)):
+            if buffer in places.flags:
+                facts += [("int", f"kFlags{end}", places.flags[buffer]), ("u32", f"k{end}Blocks", writers(plan, buffer))]
         facts.append(("int", "kOutput", buffers[stage.writes]))
         text.extend(constants(facts))
         text.append("};\n")
@@ -354,11 +453,14 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         describe(stage, tile_words.get(stage.name, "0"))
     describe(head, "2 + 2 * layer")
     text.append("struct Token {")
+    columns_end = 4 * t.workers * plan.columns + (4 if several else 0)
     token: list[tuple[str, str, object]] = [
         ("u32", "kWhere", names.index("token")),
         ("int", "kOutput", buffers["token"]),
-        ("int", "kRounds", buffers["token"] + 4 * t.workers),
-        ("int", "kLists", buffers["token"] + 4 * (1 + PART_WORDS) * t.workers),
+        ("int", "kRounds", buffers["token"] + columns_end),
+        ("int", "kRoundsStride", 4 * PART_WORDS * t.workers),
+        ("int", "kLists", buffers["token"] + columns_end + 4 * PART_WORDS * t.workers * plan.columns),
+        ("int", "kListsStride", LIST_WORDS),
         ("int", "kPartWords", PART_WORDS),
         ("u32", "kRoundTags", ROUND_TAGS),
     ]
@@ -366,19 +468,20 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append("};\n}  // namespace stage\n")
     assert combine.writes in buffers
 
-    calls = {"linear": "Linear", "attention": "Attention", "combine": "Combine"}
+    kind = "Columns" if several else ""
+    calls = {name: f"{name.capitalize()}{kind}" for name in ("linear", "attention", "combine")}
     text.append("// One token, as every role walks it.\nstruct Story {")
     text.append("  template <class Role>\n  static FF_DEVICE void token(Role& role, u32 step) {")
-    text.append("    Embed<Model, stage::Embed>::run(role, step);")
+    text.append(f"    Embed{kind}<Model, stage::Embed>::run(role, step);")
     text.append("#pragma unroll 1\n    for (u32 layer = 0; layer < Model::kLayers; layer++) {")
     text += [f"      {calls[s.kind]}<Model, stage::{camel(s.name)}>::run(role, step, layer);" for s in body]
     text.append("    }")
-    text.append("    if (role.wants_head(step)) Linear<Model, stage::Head>::run(role, step, Model::kLayers);")
-    text.append("    Sample<Model, stage::Token>::run(role, step);")
+    text.append(f"    if (role.wants_head(step)) Linear{kind}<Model, stage::Head>::run(role, step, Model::kLayers);")
+    text.append(f"    Sample{kind}<Model, stage::Token>::run(role, step);")
     text.append("  }\n};\n")
     text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
-    return Source("\n".join(text) + "\n", names, vectors, exchange_words * t.exchange_copies)
+    return Source("\n".join(text) + "\n", names, vectors, places.size * (1 if several else t.exchange_copies))
 
 
 def include_paths() -> list[Path]:

@@ -289,14 +289,15 @@ struct ScalePlace {
   }
 };
 
-// What a lane needs of `size` slices of a tile: codes and scales, from a chunk that has landed.
-template <class S, int size, bool kLast>
+// What a lane needs of `size` slices of a tile: codes and scales, from a chunk that has landed. kAll: the scales of all columns of its row,
+// not only of the 32 of a slice that the lane sums.
+template <class S, int size, bool kLast, bool kAll = false>
 struct Loaded {
   using F = typename S::Format;
   using Place = ScalePlace<S, size, kLast>;
   using Raw = typename F::Scale::Raw;
   static constexpr int kLoads = F::Code::kBits / 4;       // of 16 bytes, a slice
-  static constexpr int kPicks = F::kGroup == 16 ? 2 : 1;  // scales of a lane in a slice
+  static constexpr int kPicks = F::kGroup == 0 ? 1 : kAll ? 128 / (F::kGroup ? F::kGroup : 1) : F::kGroup == 16 ? 2 : 1;  // in a slice
   static constexpr int kScales = F::kGroup ? size : 1;    // of a whole row: one, which comes with the last part
   static constexpr bool kOffsets = F::kOffset != Offset::kNone;
   uint4 raw[size][kLoads];
@@ -305,7 +306,7 @@ struct Loaded {
 
   // From the chunk at `at`, which has so many tiles; `warp` counts the warps of all its tiles.
   FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane) {
-    const u32 codes = at + warp * (size * Place::kSliceBytes) + lane * 16, scales = Place::at(at, tiles, warp, lane);
+    const u32 codes = at + warp * (size * Place::kSliceBytes) + lane * 16, scales = Place::at(at, tiles, warp, kAll ? lane & ~3u : lane);
 #pragma unroll
     for (int i = 0; i < size; i++)
 #pragma unroll
@@ -334,8 +335,8 @@ struct WholeRow {
   typename F::Scale::Raw scale, offset;  // where all columns have one
   float divisor;
 
-  template <int size, bool kLast>
-  FF_DEVICE void take(const Loaded<S, size, kLast>& part) {
+  template <int size, bool kLast, bool kAll>
+  FF_DEVICE void take(const Loaded<S, size, kLast, kAll>& part) {
     if constexpr (F::kGroup == 0 && kLast) scale = part.scale[0][0], offset = part.offset[0][0];
     if constexpr (F::Scale::kDivided && kLast) divisor = part.divisor;
   }

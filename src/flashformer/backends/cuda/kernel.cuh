@@ -1,10 +1,16 @@
 // The frame of the kernel: shared memory is set up, warps take their roles, each walks the generated story token by token.
 #pragma once
 #include "attention.cuh"
+#include "attention_columns.cuh"
+#include "columns.cuh"
 #include "combine.cuh"
+#include "combine_columns.cuh"
 #include "embed.cuh"
+#include "embed_columns.cuh"
 #include "linear.cuh"
+#include "linear_columns.cuh"
 #include "sample.cuh"
+#include "sample_columns.cuh"
 
 // Story::token(role, step, wants_head) runs one token.
 template <class M, class Story>
@@ -38,15 +44,20 @@ FF_DEVICE void decode(const Params& p) {
   __syncthreads();
 
   const Block<M> block{p, shared, warp, thread & 31, watch};
+  if constexpr (M::kColumns > 1) {
+    if (warp == 0) Schedule<M>::begin(block);
+    __syncthreads();
+  }
   if (warp < kConsumers) {
     Consumer<M> role{block};
     for (u32 step = 0; step < p.steps && role.wait_step(step); step++) Story::token(role, step);
   } else if (warp < kConsumers + M::kFinishers) {
     Finisher<M> role{block};
     role.index = role.turn = warp - kConsumers;
-    role.token = p.forced[0];
+    if constexpr (M::kColumns == 1) role.token = p.forced[0];
     for (u32 step = 0; step < p.steps && role.wait_step(step); step++) {
-      role.forget();
+      if constexpr (M::kColumns > 1) role.forget_columns();
+      else role.forget();
       Story::token(role, step);
     }
   } else {

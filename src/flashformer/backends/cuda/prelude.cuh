@@ -211,6 +211,12 @@ FF_DEVICE void async_copy4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 FF_DEVICE void async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }  // for this thread's async_copy*
+// A group: this thread's async_copy* since the one before. Groups land in order, as far as a wait can tell.
+FF_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int n>
+FF_DEVICE void async_wait_groups() {  // until no more than the last n are on their way
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+}
 // Arrive on `bar` when all earlier async_copy16 of this thread have landed.
 FF_DEVICE void async_arrive(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");

@@ -10,31 +10,45 @@
 
 constexpr int kConsumers = 8;
 constexpr int kMergeBytes = 17 * 1024;  // of shared memory in which attention's warps meet, at most
+constexpr int kMostSequences = 32;      // of a launch: a lane each
 
 // Shared memory, in bytes from its beginning. M is the generated `Model`.
 template <class M>
 struct Layout {
-  static constexpr int kReductionBuffers = 2 * M::kFinishers;
-  static constexpr int kReductionBytes = kConsumers * 32 * 4;
+  static constexpr bool kMany = M::kColumns > 1;
+  static constexpr int kReductionHalves = M::kColumns > 4 ? 1 : 2;  // buffers of a finisher
+  static constexpr int kReductionBuffers = kReductionHalves * M::kFinishers;
+  static constexpr int kReductionBytes = kConsumers * 32 * 4 * M::kColumnGroups;
   static constexpr int kMergeStride = M::kHeadPad + 4;  // floats a head: no two lanes of a store meet in a bank
   static constexpr int kMergeFit = kMergeBytes / (kConsumers * kMergeStride * 4);
   static constexpr int kMergeHeads = kMergeFit < M::kVirtualGroup ? kMergeFit : M::kVirtualGroup;
   static constexpr int kQueryStride = (M::kHeadPad + 8) * 2;  // bytes a head
 
   static constexpr int kReduction = 0;
-  static constexpr int kMerge = kReduction + kReductionBuffers * kReductionBytes;
+  static constexpr int kPanel = kReduction + kReductionBuffers * kReductionBytes;  // x of several columns
+  // Attention's. NOTE: with several columns it is inside the panel: consumers never use both.
+  static constexpr int kMerge = kPanel;
   static constexpr int kQuery = kMerge + kConsumers * kMergeHeads * kMergeStride * 4;
   static constexpr int kNewValue = round_up(kQuery + 8 * kQueryStride, 16);  // this token's value vector
   static constexpr int kNewScore = kNewValue + M::kHeadPad * 4;              // this token's score, per query head
   static constexpr int kSoftmax = kNewScore + 8 * 4;                         // (maximum, sum) per warp and query head
-  static constexpr int kResidual = kSoftmax + kConsumers * 8 * 8;
-  static constexpr int kGamma = kResidual + M::kOwnedTiles * 8 * 4;  // [finishers]: norm weights of the owned rows
+  static constexpr int kScratchEnd = kSoftmax + kConsumers * 8 * 8;
+  static constexpr int kResidual = kScratchEnd - kPanel < M::kPanelBytes ? kPanel + M::kPanelBytes : kScratchEnd;
+  static constexpr int kGamma = kResidual + M::kOwnedTiles * 8 * 4 * M::kColumns;  // [finishers]: norm weights of the owned rows
   static constexpr int kTiles = kGamma + M::kFinishers * M::kOwnedTiles * 8 * 4;
   static constexpr int kLooks = kTiles + M::kTileWords * 4;  // [warps][stages]: see `Looks`
-  static constexpr int kBest = round_up(kLooks + (kConsumers + M::kFinishers) * M::kStages * 4, 8);  // (logit, index) per finisher
-  static constexpr int kStep = kBest + 4 * 8;                 // tokens done << 1 | last one
+  static constexpr int kBest = round_up(kLooks + (kConsumers + M::kFinishers) * M::kStages * 4, 8);  // (logit, index) per finisher, column
+  static constexpr int kStep = kBest + 4 * 8 * M::kColumns;  // tokens done << 1 | last one
   static constexpr int kToken = kStep + 4;
-  static constexpr int kReductionFull = round_up(kToken + 4, 8);
+  // Of several columns; see columns.cuh.
+  static constexpr int kPass = round_up(kToken + 4, 16);
+  static constexpr int kColumn = kPass + kMany * 32;                        // [columns] Column, ColumnMore
+  static constexpr int kChosen = kColumn + kMany * M::kColumns * 32;        // [columns] (token, its number among those of its sequence)
+  static constexpr int kCursors = kChosen + kMany * M::kColumns * 8;        // [sequences] Cursor
+  static constexpr int kMoments = kCursors + kMany * kMostSequences * 32;   // [finishers][columns] sums of squares
+  static constexpr int kMomentsEnd = kMoments + kMany * M::kFinishers * M::kColumns * 4;
+
+  static constexpr int kReductionFull = kMany ? round_up(kMomentsEnd, 8) : round_up(kToken + 4, 8);
   static constexpr int kReductionEmpty = kReductionFull + kReductionBuffers * 8;
   static constexpr int kDone = kReductionEmpty + kReductionBuffers * 8;  // consumers are through with a token
   static constexpr int kAttended = kDone + 8;  // consumers have published their part of attention
@@ -45,6 +59,25 @@ struct Layout {
   static constexpr int kFit = (M::kSharedBytes - kRing) / M::kSlotBytes;
   static constexpr int kSlots = kFit < kMaxSlots ? kFit : kMaxSlots;
   static_assert(kSlots >= 3, "this model's buffers leave too little shared memory for the ring");
+};
+
+// One token position of a pass, and what else there is to know of it.
+struct Column {
+  u32 slot, position, token, sequence;
+};
+struct ColumnMore {
+  u32 first;   // column of this pass with which its sequence begins: the two follow each other without a gap
+  u32 index;   // among the tokens that the sequence is fed
+  u32 flags;   // of ColumnFlag
+  u32 drafts;  // how many of the tokens up to this one are guesses that this pass feeds: `Sampling::seen` does not count them yet
+};
+enum ColumnFlag : u32 {
+  kScored = 1,  // its logits are wanted, by the host or for a choice
+  kMakes = 2,   // the token behind it is the model's to choose
+};
+enum PassFlag : u32 {
+  kAnyScored = 1,
+  kAnySampling = 2,  // one of those is not chosen greedily, or reported
 };
 
 // What a launch is told; `Params` is generated from one list that the host packs, too.
@@ -83,13 +116,28 @@ struct Block {
   FF_DEVICE u32 tag(u32 step, u32 layer) const { return (p.epoch + fresh(step)) * (M::kLayers + 1) + layer; }
   FF_DEVICE u32 position(u32 step) const { return p.start + fresh(step); }
   // The prompt's tokens need no head unless their logits are wanted.
-  FF_DEVICE bool wants_head(u32 step) const { return step + 1 >= p.forced_count || p.logits != nullptr; }
+  FF_DEVICE bool wants_head(u32 step) const {
+    // NOTE: of several columns the producer asks when the next pass may have been laid already.
+    if constexpr (M::kColumns > 1) return load_shared(shared + Layout<M>::kPass + 16 + (step & 1) * 4) & kAnyScored;
+    return step + 1 >= p.forced_count || p.logits != nullptr;
+  }
   // Tiles of this block: (first, count). Word 0: residual owners, 1: combine, 2 + 2 l: qkv, 3 + 2 l: gate_up, last: head.
   FF_DEVICE uint2 tiles(int word) const {
     const u32 v = load_shared(shared + Layout<M>::kTiles + word * 4);
     return make_uint2(v >> 12, v & 4095);
   }
   FF_DEVICE u32 looks_place(u32 stage) const { return shared + Layout<M>::kLooks + (warp * M::kStages + stage) * 4; }
+  // Of several columns: the pass that is on its way. A column's number is below `columns`.
+  FF_DEVICE u32 columns() const { return load_shared(shared + Layout<M>::kPass); }
+  FF_DEVICE u32 pass_flags() const { return load_shared(shared + Layout<M>::kPass + 4); }
+  FF_DEVICE Column column(u32 c) const {
+    const uint4 v = load_shared4(shared + Layout<M>::kColumn + c * 32);
+    return {v.x, v.y, v.z, v.w};
+  }
+  FF_DEVICE ColumnMore column_more(u32 c) const {
+    const uint4 v = load_shared4(shared + Layout<M>::kColumn + c * 32 + 16);
+    return {v.x, v.y, v.z, v.w};
+  }
   // Wait until `step` tokens of this launch are done; false: the launch ends there.
   FF_DEVICE bool wait_step(u32 step) {
     watch.where = M::kTokenWhere << 16;
@@ -131,6 +179,17 @@ struct Consumer : Block<M> {
     if (this->lane == 0) barrier_arrive(this->shared + L::kReductionFull + buffer * 8);
     turn = turn + 1 == 2 * L::kReductionBuffers ? 0 : turn + 1;
   }
+  // The same of several columns: a value a lane for every four of them.
+  FF_DEVICE void hand_over(const float (&values)[M::kColumnGroups]) {
+    const u32 phase = turn >= L::kReductionBuffers, buffer = phase ? turn - L::kReductionBuffers : turn;
+    barrier_wait(this->shared + L::kReductionEmpty + buffer * 8, phase ^ 1, this->watch);
+    const u32 to = this->shared + L::kReduction + buffer * L::kReductionBytes + this->warp * 128 + this->lane * 4;
+#pragma unroll
+    for (int j = 0; j < M::kColumnGroups; j++) store_shared_float(to + j * (kConsumers * 128), values[j]);
+    __syncwarp();
+    if (this->lane == 0) barrier_arrive(this->shared + L::kReductionFull + buffer * 8);
+    turn = turn + 1 == 2 * L::kReductionBuffers ? 0 : turn + 1;
+  }
   FF_DEVICE void sync() const { sync_threads<1, kConsumers * 32>(); }
 };
 
@@ -144,11 +203,17 @@ struct Finisher : Block<M> {
   float best;       // this lane's candidate for the next token: its score; NaN once a score was
   u32 best_row;
   u32 token;
+  float column_best[M::kColumnGroups];  // the same of this lane's columns
+  u32 column_row[M::kColumnGroups];
 
   static constexpr u32 kNobody = 0x7fffffffu;  // in the place of a candidate's row
   FF_DEVICE void forget() {
     best = -INFINITY;
     best_row = kNobody;
+  }
+  FF_DEVICE void forget_columns() {
+#pragma unroll
+    for (int j = 0; j < M::kColumnGroups; j++) column_best[j] = -INFINITY, column_row[j] = kNobody;
   }
   FF_DEVICE void propose(float score, u32 row) {  // rows come ascending
     if (score > best) best_row = row;
@@ -164,8 +229,15 @@ struct Finisher : Block<M> {
   FF_DEVICE void release() {
     __syncwarp();
     if (this->lane == 0) barrier_arrive(this->shared + L::kReductionEmpty + buffer() * 8);
-    phase ^= half;
-    half ^= 1;
+    if constexpr (L::kReductionHalves == 2) {
+      phase ^= half;
+      half ^= 1;
+    } else {
+      phase ^= 1;
+    }
+  }
+  FF_DEVICE u32 residual(u32 local_tile, u32 row, u32 column) const {
+    return this->shared + L::kResidual + ((local_tile * 8 + row) * M::kColumns + column) * 4;
   }
   FF_DEVICE u32 residual(u32 local_tile, u32 row) const { return this->shared + L::kResidual + (local_tile * 8 + row) * 4; }
   FF_DEVICE void sync() const { sync_threads<2, M::kFinishers * 32>(); }

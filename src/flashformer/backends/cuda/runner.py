@@ -1,6 +1,7 @@
 """A model on the GPU: allocate once, then one launch of the whole-model kernel a call.
 
-The kernel has one column: what `run` is given goes through it sequence after sequence, in launches of a few tokens (`turns.py`).
+A kernel of several columns takes many sequences at a time (`columns.py`). Through one of one column they go one after the other, in
+launches of a few tokens (`turns.py`).
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import time
 import warnings
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -23,16 +25,16 @@ from ...ops.rope import rope_table
 from ...plan import BLOCK_POSITIONS, Plan
 from ...tape import Tape, lay_tapes
 from .. import GREEDY, Made, Progress, RunStats, Turn, no_progress
-from ..sampling import NOTHING, REPORT_WORDS, Flag, Sampling, SamplingStruct, Scores, checked_token, read_report
+from ..sampling import NOTHING, REPORT_WORDS, Flag, Sampling, SamplingStruct, Scores, await_report, checked_token
 from .codegen import ROUND_TAGS, TILE_BITS, Params, Source, generate, threads
+from .columns import MAX_STOP, MOST_SEQUENCES, Columns
 from .compile import Kernel, compile_source
 from .driver import Context, DeviceInfo, check, probe
+from .pace import Pace
 from .pack import KINDS, THREADS, Packer, Weights, gather_vectors, pack_words
 from .turns import run_turns
 
-MAX_STOP = 64  # stop tokens of a launch
 LOGIT_ROWS = 64  # positions of a launch that returns logits
-REPORT_SECONDS = 3.0  # that log probabilities may arrive after their token
 POISON = 0xFF  # outputs hold NaN until the kernel has written them
 
 
@@ -65,8 +67,10 @@ class CudaRunner:
     """Implements `Runner` (backends/__init__.py) on one GPU; `weights` are packed as it is made."""
 
     def __init__(self, plan: Plan, weights: Weights, progress: Progress = no_progress) -> None:
-        self.plan = plan
+        if plan.columns > 1 and plan.slots > MOST_SEQUENCES:
+            raise DeviceError(f"{plan.slots} slots; a kernel of several columns serves at most {MOST_SEQUENCES}")
         self.columns, self.slots = plan.columns, plan.slots
+        self.plan = plan
         self.stats = RunStats()
         self.info = device_for(plan)
         self.source: Source = generate(plan)
@@ -79,6 +83,7 @@ class CudaRunner:
             self.context = Context(self.info.ordinal)
             try:
                 self._load(weights, rope, tools, progress)
+                self.many = Columns(self) if self.columns > 1 else None
             except BaseException:
                 self.context.close()
                 raise
@@ -180,9 +185,6 @@ class CudaRunner:
             raise DeviceError(f"{len(stop)} stop tokens; at most {MAX_STOP} are supported")
         self.context.use()
         p = self.params
-        # Tags must never repeat: before they would wrap, the exchange memory is cleared and counting starts again.
-        if (p.epoch + steps + 1) * max(self.plan.config.num_layers + 1, ROUND_TAGS) >= 1 << 32:
-            self._clear_exchange()
         self._inputs = [  # alive until the copies are done
             (self.forced, np.array(tokens, np.uint32)),
             (self.stop, np.array(sorted(stop) or [0], np.uint32)),
@@ -191,12 +193,26 @@ class CudaRunner:
         for pointer, values in self._inputs:
             self.context.copy_async(pointer, values.ctypes.data, values.nbytes)
         self.cancel[0] = 0
-        p.start, p.forced_count, p.stop_count, p.steps = start, len(tokens), len(stop), steps
-        p.run = p.run % 0x7FFFFFFF + 1
+        p.start, p.forced_count, p.stop_count = start, len(tokens), len(stop)
         p.logits = self.logit_address if logits else 0
-        self.context.launch(
-            self.function, self.plan.target.workers, threads(self.plan), (p,), self.plan.target.shared_bytes, cooperative=True
-        )
+        self.start(steps)
+
+    def launch_alone(self, start: int, count: int, sampling: Sampling = GREEDY) -> None:
+        """Start the kernel for `count` tokens of one sequence, from position `start` on."""
+        if self.many:
+            self.many.launch([Turn(0, [1], start, count, sampling=sampling)])
+        else:
+            self.launch([1], start, count, (), sampling)
+
+    def start(self, steps: int) -> None:
+        """Launch the kernel for so many passes at most, with the parameters as they are."""
+        p, target = self.params, self.plan.target
+        # Tags must never repeat: before they would wrap, the exchange memory is cleared and counting starts again.
+        if (p.epoch + steps + 1) * max(self.plan.config.num_layers + 1, ROUND_TAGS) >= 1 << 32:
+            self._clear_exchange()
+        p.steps = steps
+        p.run = p.run % 0x7FFFFFFF + 1
+        self.context.launch(self.function, target.workers, threads(self.plan), (p,), target.shared_bytes, cooperative=True)
         p.epoch += steps
 
     def _prepare(self, sampling: Sampling, count: int) -> SamplingStruct:
@@ -253,18 +269,22 @@ class CudaRunner:
         self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
     ) -> Generator[int, None, None]:
         """See `Runner.generate`."""
+        if self.many:
+            yield from self.many.generate(Turn(0, tokens, start, count, stop, sampling))
+            return
         began = time.perf_counter()
         self.launch(tokens, start, count, stop, sampling)
         marker = self.context.event()
-        run, made, first, last = self.params.run, 0, began, began
+        run, made, first, last, pace = self.params.run, 0, began, began, Pace()
         try:
             while made < count:
                 word = int(self.tokens[made])
                 if word >> 32 != run:
                     if self.context.done(marker) and int(self.tokens[made]) >> 32 != run:
                         break
-                    time.sleep(20e-6)
+                    pace.wait()
                     continue
+                pace.made()
                 last = time.perf_counter()
                 first = last if made == 0 else first
                 made += 1
@@ -285,8 +305,8 @@ class CudaRunner:
             )  # fmt: skip
 
     def run(self, turns: Sequence[Turn]) -> Generator[Made, None, None]:
-        """See `Runner.run`: one turn after another, each some tokens at a time (`run_turns`)."""
-        return run_turns(self, turns)
+        """See `Runner.run`."""
+        return self.many.run(turns) if self.many else run_turns(self, turns)
 
     def copy(self, source: int, target: int, positions: int) -> None:
         """See `Runner.copy`."""
@@ -310,19 +330,12 @@ class CudaRunner:
 
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`. Raises DeviceError where they do not come, though the token did."""
-        words = self.report[index]
-        deadline = time.perf_counter() + REPORT_SECONDS
-        while (words[: 2 + self._alternatives] == NOTHING).any():  # they are on their way
-            if time.perf_counter() > deadline:
-                raise DeviceError(f"the log probabilities of token {index} did not come within {REPORT_SECONDS:g} s")
-        return read_report(words, self._alternatives)
+        if self.many:
+            return self.many.scores(index)
+        return await_report(self.report[index], self._alternatives, index)
 
     def logits(self, tokens: Sequence[int], start: int, slot: int = 0) -> np.ndarray:
         """See `Runner.logits`."""
-        with self.in_slot(slot):
-            return self._logits(tokens, start)
-
-    def _logits(self, tokens: Sequence[int], start: int) -> np.ndarray:
         vocab = self.plan.config.vocab_size
         out = np.empty((len(tokens), vocab), np.float32)
         self.context.use()
@@ -331,24 +344,37 @@ class CudaRunner:
         for at in range(0, len(tokens), LOGIT_ROWS):
             part = list(tokens[at : at + LOGIT_ROWS])
             self.context.driver.cuMemsetD8Async(self.logit_address, POISON, LOGIT_ROWS * vocab * 4, self.context.stream)
-            self.launch(part, start + at, 1, logits=True)
+            if self.many:
+                self.many.launch([Turn(slot, part, start + at, 1)], self.logit_address)
+            else:
+                with self.in_slot(slot):
+                    self.launch(part, start + at, 1, logits=True)
             self.finish()
             self.context.download(self.logit_address, out[at : at + len(part)], "logits")
         return out
 
     def time_generate(self, start: int, count: int, sampling: Sampling = GREEDY) -> float:
         """Seconds on the device for one launch of `count` tokens from position `start` (benchmarks)."""
+        return self._seconds(lambda: self.launch_alone(start, count, sampling))
+
+    def time_turns(self, turns: Sequence[Turn]) -> float:
+        """Seconds on the device for one launch of turns, by a kernel of several columns (benchmarks)."""
+        if self.many is None:
+            raise DeviceError("this kernel has one column")
+        return self._seconds(partial(self.many.launch, turns))
+
+    def _seconds(self, launch: Callable[[], None]) -> float:
         self.context.use()
         first = self.context.event()
-        self.launch([1], start, count, (), sampling)
+        launch()
         seconds = self.context.elapsed(first, self.context.event())
         self.finish()
         return seconds
 
     def fill_kv(self) -> None:
-        """Random values for every position of the KV cache: a benchmark reads positions that nobody has computed."""
+        """Random values for every position of all slots of the KV cache: a benchmark reads positions that nobody has computed."""
         context, kv, address = self.context, self.plan.kv, self.params.kv
-        nbytes = self.plan.config.num_layers * kv.layer_bytes
+        nbytes = self.plan.kv_bytes()
 
         def fill(name: str, count: int, *how: Any) -> None:
             arguments = (ctypes.c_uint64(address), ctypes.c_uint64(count), ctypes.c_uint64(0), ctypes.c_uint32(1), *how)
@@ -379,7 +405,7 @@ class CudaRunner:
         self.params.trace = context.upload(stamps, "timestamps")
         try:
             with self.instead(self.ready(kernel, self.plan), self.plan):
-                self.launch([1], start, count)
+                self.launch_alone(start, count)
                 self.finish()
             return context.download(self.params.trace, stamps, "timestamps")
         finally:

@@ -44,6 +44,9 @@ struct KvShare {
   FF_DEVICE u32 owner(u32 flat) const { return ((flat + 1) * active - 1) / total; }
 };
 
+template <class M>
+struct UnitStream;  // units.cuh
+
 // NOTE: the loop that issues is short on purpose: it shares the instruction cache with eleven warps that do other things.
 template <class M>
 struct Producer : Block<M> {
@@ -51,7 +54,7 @@ struct Producer : Block<M> {
   static constexpr u32 kEnd = 0xffffffffu;
   const uint2* table;
   u32 length, head_start;         // table entries: of a token, and before the head's
-  u32 step = 0, left = 0;         // load cursor: token of this launch, entries left of it
+  u32 step = 0, left = 0;         // load cursor: token of this launch, entries left of it (with several columns: of its layers, or its head)
   u32 window_step = 0, window_index = 0;  // where `window` begins
   u32 offset = 0;                 // of the load cursor in the window
   uint2 current;                  // entry at the load cursor: (offset in units, bytes)
@@ -62,12 +65,13 @@ struct Producer : Block<M> {
   u32 in_flight = 0;
   u32 ahead = 0;  // entries that were prefetched beyond the load cursor
   u32 last_prefetch = 0, prefetch_pause = 0;  // clocks
+  bool at_head = false;  // with several columns: where the cursor is
 
   FF_DEVICE void run() {
     window[0] = fetch(0, this->lane);
     window[1] = fetch(0, 32 + this->lane);
     current = pick(window[0], 0);
-    left = entries(0);
+    left = kMany ? head_start : entries(0);
     while (step < this->p.steps) {
       if (!wait_room()) break;
       if (current.y != 0) copy(this->p.tape + (u64)current.x * M::kChunkUnit, current.y);
@@ -78,10 +82,11 @@ struct Producer : Block<M> {
     for (u32 spins = 0; landed < issued && spins < kMostSpins; spins++) poll();
   }
 
- private:
+  static constexpr bool kMany = M::kColumns > 1;
   static constexpr u32 kGlanceSpins = 1024, kMostSpins = 1u << 26;  // of `poll`: at least 50 cycles each
 
-  FF_DEVICE u32 entries(u32 s) const { return this->wants_head(s) ? length : head_start; }
+  // NOTE: whether a pass of several columns needs the head is known when it has been laid: until then it does.
+  FF_DEVICE u32 entries(u32 s) const { return kMany || this->wants_head(s) ? length : head_start; }
 
   FF_DEVICE uint2 fetch(u32 s, u32 i) const {
     while (s < this->p.steps && i >= entries(s)) i -= entries(s++);
@@ -92,7 +97,17 @@ struct Producer : Block<M> {
   }
   FF_DEVICE void advance() {
     if (ahead) ahead--;
-    if (--left == 0) left = entries(++step);
+    if (--left == 0) {
+      if constexpr (kMany) {
+        const bool has_head = !at_head && length > head_start;
+        at_head = has_head && this->wants_head(step);
+        left = at_head ? length - head_start : head_start;
+        if (!at_head) step++;
+        if (has_head && !at_head) return skip_head();
+      } else {
+        left = entries(++step);
+      }
+    }
     if (++offset == 32) {
       offset = 0;
       window[0] = window[1];
@@ -101,6 +116,14 @@ struct Producer : Block<M> {
       window[1] = fetch(window_step, window_index + 32 + this->lane);
     }
     current = pick(window[0], offset);
+  }
+  // The table goes on with the next pass, not with this one's head.
+  FF_DEVICE void skip_head() {
+    window_step = step;
+    window_index = offset = ahead = 0;
+    window[0] = fetch(step, this->lane);
+    window[1] = fetch(step, 32 + this->lane);
+    current = pick(window[0], 0);
   }
   FF_DEVICE void copy(const u8* from, u32 bytes) {
     const u32 to = this->shared + L::kRing + issue_slot * M::kSlotBytes, bar = this->shared + L::kFull + issue_slot * 8;
@@ -170,8 +193,19 @@ struct Producer : Block<M> {
     }
     ahead++;
   }
+  // Until the present pass is laid, and all before it are done; false: the launch is over.
+  FF_DEVICE bool await_pass() {
+    for (u32 spins = 1; load_shared_acquire(this->shared + L::kStep) >> 1 < step; spins++) {
+      poll();
+      if constexpr (kMany && M::kPrefetchChunks > 0) prefetch();
+      if (spins % kGlanceSpins == 0 && over(spins)) return false;
+    }
+    fence_copy_engine();
+    return true;
+  }
   // This block's share of a layer's KV cache; there is room for the first copy. False: the launch is over.
   FF_DEVICE bool stream_kv(u32 layer) {
+    if constexpr (kMany) return await_pass() && UnitStream<M>::run(*this, step, layer);
     const KvShare<M> share(this->position(step), blockIdx.x);
     for (u32 next = share.next; next < share.end;) {
       const u32 head = next / share.per_head, block = next - head * share.per_head;
@@ -179,13 +213,7 @@ struct Producer : Block<M> {
       if (count > share.per_head - block) count = share.per_head - block;
       if (count > M::kKvChunkBlocks) count = M::kKvChunkBlocks;
       // The newest positions were written in the token before by another block: it must be done.
-      if (step > 0 && block + count + 1 >= share.per_head) {
-        for (u32 spins = 1; load_shared_acquire(this->shared + L::kStep) >> 1 < step; spins++) {
-          poll();
-          if (spins % kGlanceSpins == 0 && over(spins)) return false;
-        }
-        fence_copy_engine();
-      }
+      if (step > 0 && block + count + 1 >= share.per_head && !await_pass()) return false;
       if (!wait_room()) return false;
       const u64 at = ((u64)layer * M::kKvHeads + head / M::kVirtualSplits) * this->p.kv_blocks + block;
       copy(this->p.kv + at * M::kKvBlockBytes, count * M::kKvBlockBytes);

@@ -60,9 +60,7 @@ def run_turns(runner: OneColumn, turns: Sequence[Turn]) -> Generator[Made, None,
 
     A prompt is fed in pieces. Raises DeviceError for slots that are not there or not different, and for drafts, which need columns.
     """
-    slots = [turn.slot for turn in turns]
-    if not turns or len(set(slots)) < len(slots) or not 0 <= min(slots) <= max(slots) < runner.slots:
-        raise DeviceError(f"turns need slots of their own out of {runner.slots}, not {slots}")
+    check_slots(turns, runner.slots)
     if any(turn.drafts for turn in turns):
         raise DeviceError("this kernel has one column, which no draft can share")
     began = time.perf_counter()
@@ -73,6 +71,13 @@ def run_turns(runner: OneColumn, turns: Sequence[Turn]) -> Generator[Made, None,
             continue
         if (yield from _some(runner, one, began, QUANTUM if waiting else one.turn.count)):
             waiting.append(one)
+
+
+def check_slots(turns: Sequence[Turn], slots: int) -> None:
+    """Raise DeviceError for slots that are not there or not different."""
+    theirs = [turn.slot for turn in turns]
+    if not turns or len(set(theirs)) < len(theirs) or not 0 <= min(theirs) <= max(theirs) < slots:
+        raise DeviceError(f"turns need slots of their own out of {slots}, not {theirs}")
 
 
 def _own(sampling: Sampling) -> Sampling:

@@ -1,0 +1,220 @@
+// The product of codes with several columns. These share what it costs to unpack codes, which therefore become 16-bit values of the model's
+// type, exactly: x stays as it is, and a product is that of plain weights (panel.cuh), with scales on top of it.
+#pragma once
+#include "integers.cuh"
+#include "panel.cuh"
+
+// a * b + c of two values in a register.
+template <class T>
+FF_DEVICE u32 fma_pairs(u32 a, u32 b, u32 c) {
+  u32 r;
+  if constexpr (T::kIsHalf) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+// Two of a power of two, and two of minus a positive integer that T holds exactly.
+template <class T>
+FF_DEVICE constexpr u32 power_pair(int exponent) {
+  const u32 one = (u32)(exponent + (T::kIsHalf ? 15 : 127)) << (T::kIsHalf ? 10 : 7);
+  return one << 16 | one;
+}
+template <class T>
+FF_DEVICE constexpr u32 minus_pair(int value) {
+  constexpr int kMantissa = T::kIsHalf ? 10 : 7;
+  int exponent = 0;
+  while (value >> (exponent + 1)) exponent++;
+  const u32 rest = (u32)(value - (1 << exponent)) << (kMantissa - exponent);
+  return power_pair<T>(exponent) | 0x80008000u | rest << 16 | rest;
+}
+
+// The operand of bytes whose upper bit is clear, four at an even step and four at an odd one, minus `zero`: a byte b in the mantissa of
+// kWhole is kWhole + b.
+template <class T, int zero>
+FF_DEVICE uint4 byte_values(u32 even, u32 odd) {
+  constexpr int kWhole = T::kIsHalf ? 1024 : 128;
+  constexpr u32 kUpper = T::kIsHalf ? 0x64646464u : 0x43434343u;  // the upper byte of that, four times
+  const auto pair = [](u32 bytes, u32 selector) {
+    return fma_pairs<T>(permute(bytes, kUpper, selector), power_pair<T>(0), minus_pair<T>(kWhole + zero));
+  };
+  return make_uint4(pair(even, 0x4140), pair(odd, 0x4140), pair(even, 0x4342), pair(odd, 0x4342));
+}
+
+// Codes as A operands of T: `operand` of instruction p, which has columns 32 p to 32 p + 31 of a slice. They are what codes stand for, or
+// what offsets are added to where there are any, divided by Code::kFactor. kTerms: how many operands add up to them.
+template <class T, class F, class Code = typename F::Code>
+struct CodeValues {  // those that codes.cuh makes fp16 values of
+  static constexpr float kZero = F::kOffset == Offset::kNone ? Code::kZero : 0;
+  static constexpr int kTerms = 1;
+  static FF_DEVICE uint4 operand(const uint4* raw, int p, int) {
+    const uint4 v = Code::operand(raw, p);
+    return make_uint4(value<0>(v.x), value<1>(v.y), value<0>(v.z), value<1>(v.w));
+  }
+
+ protected:
+  template <int odd>
+  static FF_DEVICE u32 value(u32 pair) {
+    constexpr bool kBiased = Code::kEvenBias != 0;
+    constexpr float kBias = (odd ? Code::kOddBias : Code::kEvenBias) + kZero, kFactor = odd ? Code::kOddFactor : 1;
+    if constexpr (T::kIsHalf) {
+      if constexpr (!kBiased) return pair;
+      else return fma_pairs<T>(pair, power_pair<T>(kFactor == 1 ? 0 : -4), minus_pair<T>((int)kBias));
+    } else {
+      float low = Float16::unpack((u16)pair), high = Float16::unpack((u16)(pair >> 16));
+      if constexpr (kBiased) low = low * kFactor - kBias, high = high * kFactor - kBias;
+      return T::pack(low, high);
+    }
+  }
+};
+
+// Whether bf16 holds the values of a table, too: fp16 has three bits more.
+template <class V>
+FF_DEVICE constexpr bool fits_bfloat16() {
+  u32 rest = 0;
+  for (u32 word : V::kLow) rest |= word & 0x07070707u;
+  return rest == 0;
+}
+
+// Where it does not, a value is the sum of two.
+template <class T, class F, class V>
+struct CodeValues<T, F, FullTable<V>> {
+  static constexpr int kTerms = T::kIsHalf || fits_bfloat16<V>() ? 1 : 2;
+  static FF_DEVICE uint4 operand(const uint4* raw, int p, int term) {
+    const uint4 v = FullTable<V>::operand(raw, p);
+    return make_uint4(value(v.x, term), value(v.y, term), value(v.z, term), value(v.w, term));
+  }
+
+ private:
+  static FF_DEVICE u32 value(u32 pair, int term) {
+    if constexpr (T::kIsHalf) return pair;
+    const float low = Float16::unpack((u16)pair), high = Float16::unpack((u16)(pair >> 16));
+    const u32 most = T::pack(low, high);
+    return term == 0 ? most : T::pack(low - __uint_as_float(most << 16), high - __uint_as_float(most & 0xffff0000u));
+  }
+};
+
+// Those that integer instructions take as bytes: their registers are (step, first or second half of it).
+template <class T, class F>
+struct CodeValues<T, F, HalfByte> {
+  static constexpr int kTerms = 1, kZero = F::kOffset == Offset::kNone ? (int)HalfByte::kZero : 0;
+  static FF_DEVICE uint4 operand(const uint4* raw, int p, int) {
+    const u32 even = word_of(raw[0], p & 1) >> 4 * (p >> 1) & 0x0f0f0f0fu, odd = word_of(raw[0], (p & 1) + 2) >> 4 * (p >> 1) & 0x0f0f0f0fu;
+    return byte_values<T, kZero>(even, odd);
+  }
+};
+
+template <class T, class F, class V>
+struct CodeValues<T, F, ByteTable<V>> {
+  static constexpr int kTerms = 1, kZero = (int)ByteTable<V>::kBias;
+  static FF_DEVICE uint4 operand(const uint4* raw, int p, int) {
+    const uint4 bytes = ByteTable<V>::operand(raw, p >> 1);
+    return byte_values<T, kZero>(word_of(bytes, p & 1), word_of(bytes, (p & 1) + 2));
+  }
+};
+
+template <class T, class F>
+struct CodeValues<T, F, Byte> {
+  static constexpr int kTerms = 1;
+  static FF_DEVICE uint4 operand(const uint4* raw, int p, int) {
+    const u32 even = word_of(raw[p >> 1], p & 1), odd = word_of(raw[p >> 1], (p & 1) + 2);
+    return make_uint4(value(even, 0x4140), value(odd, 0x4140), value(even, 0x4342), value(odd, 0x4342));
+  }
+
+ private:
+  static FF_DEVICE u32 value(u32 bytes, u32 selector) {
+    constexpr u32 kOne = power_pair<T>(0);
+    if constexpr (T::kIsHalf) return fma_pairs<T>(permute(bytes ^ 0x80808080u, 0x64646464u, selector), kOne, minus_pair<T>(1024 + 128));
+    // The seven lower bits are 128 + bits as a mantissa. What is too much of it is 128, or 256 of a negative byte: its upper bit counts
+    // one in the exponent.
+    const u32 pair = permute(bytes, 0x43434343u, selector);
+    return fma_pairs<T>(pair & 0x437f437fu, kOne, (pair & 0x43804380u) | 0x80008000u);
+  }
+};
+
+// One lane's part of the product of a tile with all columns: row g, columns t + 4 j.
+template <class M, class S>
+struct CodedColumns {
+  using T = typename M::Value;
+  using F = typename S::Format;
+  using Scale = typename F::Scale;
+  using Values = CodeValues<T, F>;
+  static constexpr int kGroups = M::kColumnGroups;
+  static constexpr bool kOffsets = F::kOffset != Offset::kNone;
+  static constexpr bool kRow = F::kGroup == 0;  // all columns of the matrix have one scale
+  static constexpr bool kLastDiffers = kRow || Scale::kDivided;
+  template <int size, bool kLast>
+  using Part = Loaded<S, size, kLast, true>;
+
+  float total[kGroups] = {};
+  float plain[kGroups] = {};  // kRow: sum of x, where there are offsets
+
+  // Add a part. place(cell, cells): where this lane finds so many cells of x.
+  template <int size, bool kLast, class Place>
+  FF_DEVICE void add(const Part<size, kLast>& part, u32 columns, Place place) {
+#pragma unroll
+    for (int i = 0; i < size; i++) {
+      uint4 a[4][Values::kTerms];
+#pragma unroll
+      for (int p = 0; p < 4; p++)
+#pragma unroll
+        for (int k = 0; k < Values::kTerms; k++) a[p][k] = Values::operand(part.raw[i], p, k);
+      const u32 x = place(4 * i, 4);
+      with_groups<kGroups, kOffsets ? 1 : 2>(columns, [&](auto first, auto n) {
+        float d[4 / kCells][n.value][4] = {}, ones[4 / kCells][n.value][4] = {};
+#pragma unroll
+        for (int p = 0; p < 4; p++)
+#pragma unroll
+          for (int j = 0; j < n.value; j++) {
+            const uint2 b = load_shared2(x + p * Panel<M, S>::kCellBytes + (first.value + j) * 256);
+#pragma unroll
+            for (int k = 0; k < Values::kTerms; k++) mma<T>(d[p / kCells][j], a[p][k], b.x, b.y);
+            if constexpr (kOffsets) mma<T>(ones[p / kCells][j], make_uint4(kOnes, kOnes, kOnes, kOnes), b.x, b.y);
+          }
+#pragma unroll
+        for (int unit = 0; unit < 4 / kCells; unit++)
+#pragma unroll
+          for (int j = 0; j < n.value; j++) finish(part, i, unit * kCells, first.value + j, d[unit][j], ones[unit][j]);
+      });
+    }
+  }
+
+  // With the last part.
+  template <int size, bool kLast>
+  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>& part) const {
+    WholeRow<S> row;
+    row.take(part);
+#pragma unroll
+    for (int j = 0; j < kGroups; j++) {
+      const float sum = kRow ? scaled(0, total[j], plain[j], row.scale, row.offset) : total[j];
+      sums[j] = row.divided(sum * F::Code::kFactor);
+    }
+  }
+
+ private:
+  // Cells whose sum is scaled. NOTE: more than two would be a longer chain of instructions that wait for each other.
+  static constexpr int kCells = F::kGroup == 16 || F::kGroup == 32 ? 1 : 2;
+
+  // Scale the sums of one cell or two.
+  template <int size, bool kLast>
+  FF_DEVICE void finish(const Part<size, kLast>& part, int slice, int cell, int j, const float (&d)[4], const float (&ones)[4]) {
+    if constexpr (kRow) {
+      total[j] += d[0] + d[3];
+      if constexpr (kOffsets) plain[j] += ones[0] + ones[3];
+    } else if constexpr (F::kGroup == 16) {
+      const auto &scale = part.scale[slice], &offset = part.offset[slice];
+      total[j] = scaled(total[j], d[0], ones[0], scale[2 * cell], offset[2 * cell]);
+      total[j] = scaled(total[j], d[3], ones[3], scale[2 * cell + 1], offset[2 * cell + 1]);
+    } else {
+      const int group = cell * 32 / F::kGroup;
+      total[j] = scaled(total[j], d[0] + d[3], ones[0] + ones[3], part.scale[slice][group], part.offset[slice][group]);
+    }
+  }
+  static constexpr u32 kOnes = power_pair<T>(0);
+  // total + scale (sum of code * x - zero * plain) + minimum * plain.
+  static FF_DEVICE float scaled(float total, float sum, float plain, typename Scale::Raw scale, typename Scale::Raw offset) {
+    // NOTE: said in full, so that no bit depends on which of the code's copies it is (`with_groups`).
+    if constexpr (F::kOffset == Offset::kZero) sum = fmaf(-Scale::value(offset), plain, sum);
+    total = fmaf(Scale::value(scale), sum, total);
+    return F::kOffset == Offset::kMinimum ? fmaf(Scale::value(offset), plain, total) : total;
+  }
+};

@@ -1,0 +1,125 @@
+// Attention of several columns: how their parts of the KV cache are shared by the blocks, and how a block streams its own.
+//
+// What a column sees of a head's cache is cut into equal pieces: of M::kPieceBlocks blocks of 16 positions at most, or of more where
+// there would be more than M::kKvPieces of them. A unit is a piece of a virtual head of a column. Units are numbered column by column,
+// head by head, piece by piece, and thread blocks have equal runs of them. Which positions are summed together depends on the column's
+// position alone; only who does it, and where the partial result lies meanwhile, depends on the other columns.
+#pragma once
+#include "roles.cuh"
+
+// The units of the present pass, for a whole warp.
+template <class M>
+struct Units {
+  u32 position, pieces, begin, end;  // of column `lane`: position, pieces of a head, its units: none if it does not exist
+  u32 total;
+  u32 next, behind;  // run of this thread block: units [next, behind)
+
+  FF_DEVICE explicit Units(const Block<M>& b) {
+    const bool exists = b.lane < b.columns();
+    position = exists ? b.column(b.lane).position : 0;
+    const u32 per_head = position / 16 + 1, least = ceil_div(per_head, M::kKvPieces);  // blocks; of a piece
+    pieces = exists ? ceil_div(per_head, least < M::kPieceBlocks ? M::kPieceBlocks : least) : 0;
+    end = pieces * M::kVirtualHeads;
+    const u32 own = end;
+#pragma unroll
+    for (int o = 1; o < M::kColumns; o <<= 1) {
+      const u32 before = __shfl_up_sync(kAllLanes, end, o);
+      end += b.lane >= o ? before : 0;
+    }
+    begin = end - own;
+    total = __shfl_sync(kAllLanes, end, M::kColumns - 1);
+    next = blockIdx.x * total / M::kWorkers;
+    behind = (blockIdx.x + 1) * total / M::kWorkers;
+  }
+
+  struct Unit {
+    u32 column, head, position;
+    u32 piece, pieces;  // of the head
+    u32 first, end;     // blocks of the head
+    FF_DEVICE bool newest() const { return piece + 1 == pieces; }  // whether the column's own position is in the last of them
+  };
+  FF_DEVICE Unit operator[](u32 number) const {
+    Unit u;
+    u.column = __popc(__ballot_sync(kAllLanes, end <= number) & ((1u << M::kColumns) - 1));
+    u.position = __shfl_sync(kAllLanes, position, u.column);
+    u.pieces = __shfl_sync(kAllLanes, pieces, u.column);
+    const u32 per_head = u.position / 16 + 1, local = number - __shfl_sync(kAllLanes, begin, u.column);
+    u.head = local / u.pieces;
+    u.piece = local - u.head * u.pieces;
+    u.first = u.piece * per_head / u.pieces;
+    u.end = (u.piece + 1) * per_head / u.pieces;
+    return u;
+  }
+};
+
+// Keys and values of this pass that are in the cache. Columns of one sequence see each other, so who copies a piece that reaches into
+// the pass waits for those of the columns before: of each kv head a word for each column's key and for its value.
+//
+// NOTE: nobody waits for ever. What is waited for is written by consumers that have finished the layer's qkv stage, before they attend:
+// to get there they need chunks that lie in front of all of the layer's pieces in their ring, so their producer has issued them before
+// it could come to wait itself. They land and are consumed without it, and no block waits for another's pieces.
+// NOTE: the words of a layer may be written anew in the next one: who waits for them does so for a unit of its own, and that unit's
+// result is awaited by all before anybody's next qkv vector is there.
+template <class M>
+struct Appended {
+  static FF_DEVICE u64* words(const Block<M>& b, u32 kv_head, u32 column) {
+    return b.words(M::kAppended + (kv_head * M::kColumns + column) * 2);
+  }
+  // By one warp, which has appended the key (0) or the value (1).
+  static FF_DEVICE void tell(const Block<M>& b, u32 kv_head, u32 column, u32 which, u32 tag) {
+    __syncwarp();
+    if (b.lane != 0) return;
+    fence_device();
+    store_word(words(b, kv_head, column) + which, 0, tag);
+  }
+};
+
+// The producer's part.
+template <class M>
+struct UnitStream {
+  // This block's units of a layer; there is room for the first copy, and the pass is laid. False: the launch is over.
+  static FF_DEVICE bool run(Producer<M>& p, u32 step, u32 layer) {
+    const u32 stages_before = p.issued;
+    const Units<M> units(p);
+#pragma unroll 1
+    for (u32 number = units.next; number < units.behind; number++) {
+      const auto unit = units[number];
+      const u32 kv_head = unit.head / M::kVirtualSplits, first = p.column_more(unit.column).first;
+      const u64 head_at = ((u64)layer * M::kKvHeads + kv_head) * p.p.kv_blocks;
+      const u8* head = p.p.kv + p.column(unit.column).slot * p.p.slot_bytes + head_at * M::kKvBlockBytes;
+      const u32 in_pass = first < unit.column ? p.column(first).position / 16 : unit.end;  // first block with a position of this pass
+      bool complete = false;
+#pragma unroll 1
+      for (u32 block = unit.first; block < unit.end;) {
+        u32 count = unit.end - block;
+        if (count > M::kKvChunkBlocks) count = M::kKvChunkBlocks;
+        if (!complete && block + count > in_pass) {
+          if (!await(p, kv_head, first, unit.column, p.tag(step, layer), stages_before)) return false;
+          complete = true;
+        }
+        if (!p.wait_room()) return false;
+        p.copy(head + (u64)block * M::kKvBlockBytes, count * M::kKvBlockBytes);
+        block += count;
+      }
+    }
+    return true;
+  }
+
+ private:
+  // Keys and values of columns [first, end) for this kv head.
+  static FF_DEVICE bool await(Producer<M>& p, u32 kv_head, u32 first, u32 end, u32 tag, u32 stages_before) {
+    const bool mine = p.lane < 2 * (end - first);
+    const u64* word = Appended<M>::words(p, kv_head, first) + (mine ? p.lane : 0);
+    for (u32 spins = 1;; spins++) {
+      p.poll();
+      // NOTE: nobody's are there much sooner than our own consumers are through with the stages before; polls would only slow them down.
+      if ((int)(p.freed - stages_before) >= 0 && __all_sync(kAllLanes, !mine || split(load_word(word)).tag == tag)) break;
+      if constexpr (M::kPrefetchChunks > 0) p.prefetch();
+      if (spins % Producer<M>::kGlanceSpins == 0 && p.over(spins)) return false;
+    }
+    fence_device();
+    __syncwarp();
+    fence_copy_engine();
+    return true;
+  }
+};

@@ -1,0 +1,247 @@
+// A linear stage for several columns: y = W x of each, and what is folded into it. The weights are read once for all.
+//
+// No bit of a column depends on the others: a column of the instructions' results is made of that column of x alone, in the same order
+// however many there are. What lies in the place of columns that do not exist is never looked at.
+#pragma once
+#include "codes_columns.cuh"
+#include "linear.cuh"
+#include "panel.cuh"
+#include "sample_columns.cuh"
+
+// One lane's part of the product of a tile of plain values with all columns: row g, columns t + 4 j.
+template <class M, class S>
+struct PlainColumns {
+  static constexpr int kGroups = M::kColumnGroups;
+  static constexpr bool kLastDiffers = false;
+  template <int size, bool>
+  struct Part {
+    uint4 value[size];
+    FF_DEVICE void load(u32 at, u32, u32 warp, u32 lane) {
+#pragma unroll
+      for (int i = 0; i < size; i++) value[i] = load_shared4(at + warp * (size * 512) + lane * 16 + i * 512);
+    }
+  };
+  float total[kGroups] = {};
+
+  // Add a part. place(cell, cells): where this lane finds so many cells of x.
+  template <int size, bool kLast, class Place>
+  FF_DEVICE void add(const Part<size, kLast>& part, u32 columns, Place place) {
+    const u32 x = place(0, size);
+    with_groups<kGroups, 2>(columns, [&](auto first, auto n) {
+      float d[n.value][4] = {};
+#pragma unroll
+      for (int i = 0; i < size; i++)
+#pragma unroll
+        for (int j = 0; j < n.value; j++) {
+          const uint2 b = load_shared2(x + i * Panel<M, S>::kCellBytes + (first.value + j) * 256);
+          mma<typename M::Value>(d[j], part.value[i], b.x, b.y);
+        }
+#pragma unroll
+      for (int j = 0; j < n.value; j++) total[first.value + j] += d[j][0] + d[j][3];
+    });
+  }
+  template <int size, bool kLast>
+  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>&) const {
+#pragma unroll
+    for (int j = 0; j < kGroups; j++) sums[j] = total[j];
+  }
+};
+
+template <class M, class S, bool kCoded = S::kCoded>
+struct ColumnSums {
+  using Type = PlainColumns<M, S>;
+};
+template <class M, class S>
+struct ColumnSums<M, S, true> {
+  using Type = CodedColumns<M, S>;
+};
+
+template <class M, class S>
+struct LinearColumns {
+  using T = typename M::Value;
+  using L = Layout<M>;
+  static constexpr int kGroups = M::kColumnGroups;
+
+  static FF_DEVICE void run(Producer<M>&, u32, u32) {}  // the tape already says it all
+
+  static FF_DEVICE void run(Consumer<M>& c, u32 step, u32 layer) {
+    c.enter(S::kWhere, layer);
+    const u32 tiles = c.tiles(S::tile_word(layer)).y;
+    if (tiles == 0) return;
+    if (c.warp == 0) {
+      c.mark(0, step, layer, S::kWhere, 0);
+      await_columns<S>(c, c.tag(step, layer));
+      c.mark(0, step, layer, S::kWhere, 1);
+    }
+    c.sync();
+    const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
+    Panel<M, S> panel(c, (groups + S::kTogether - 1) / S::kTogether);
+#pragma unroll 1
+    for (Batch batch{tiles, groups, 0}; batch.first < groups; batch.first += S::kTogether) {
+      Sums sums[S::kTogether];
+      if constexpr (kLarger > 0) add_parts<kSize + 1, false>(c, panel, sums, batch, kLarger, false);
+      if constexpr (S::kParts - kLarger > kLastParts)
+        add_parts<kSize, false>(c, panel, sums, batch, S::kParts - kLarger - kLastParts, kLastParts == 0);
+      if constexpr (kLastParts > 0) add_parts<kSize, true>(c, panel, sums, batch, 1, true);
+    }
+  }
+
+  // Lane (g, t) finishes row g of a tile, columns t + 4 j.
+  static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
+    f.enter(S::kWhere, layer);
+    if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
+    const uint2 tiles = f.tiles(S::tile_word(layer));
+    const u32 groups = (tiles.y + S::kWarpsRows - 1) / S::kWarpsRows, columns = f.columns();
+    const u32 tag = f.tag(step, layer);
+    const u32 out_tag = S::kNextLayer ? tag + 1 : tag;
+    const u32 row = f.lane >> 2;
+    const float* vectors = f.p.vectors + (u64)layer * M::kLayerVectors;
+    float scale[kGroups];
+#pragma unroll
+    for (int j = 0; j < kGroups; j++) scale[j] = 1;
+    if constexpr (S::kEpilogue == Epilogue::kResidual) f.await_gamma();
+    if constexpr (S::kNorm)
+      if (groups) norm_scales<M, S>(f, tag, scale);
+    float* wanted[kGroups];  // where the host wants the logits of a lane's columns, or null
+    if constexpr (S::kEpilogue == Epilogue::kLogits) {
+#pragma unroll
+      for (int j = 0; j < kGroups; j++) wanted[j] = logits_of(f, (f.lane & 3) + 4 * j, columns);
+    }
+    u32 turn = f.turn;
+#pragma unroll 1
+    for (; turn < groups; turn += M::kFinishers) {
+      const u32 first = turn * S::kWarpsRows;  // tile of this block
+      // NOTE: biases come from memory, so they are asked for before the wait: lane l has that of row l of the group, and of l + 32.
+      float bias[kBiases];
+      if constexpr (S::kBias >= 0) {
+#pragma unroll
+        for (int i = 0; i < kBiases; i++) {
+          const u32 of = first * 8 + f.lane + i * 32;
+          bias[i] = f.lane + i * 32 < S::kWarpsRows * 8 && of < tiles.y * 8 ? load_early(vectors + S::kBias + tiles.x * 8 + of) : 0;
+        }
+      }
+      const u32 from = f.shared + L::kReduction + f.buffer() * L::kReductionBytes + f.lane * 4;
+      f.acquire();
+#pragma unroll 1
+      for (u32 pass = 0; pass < S::kWarpsRows && first + pass < tiles.y; pass++) {
+        const u32 local = first + pass, tile = tiles.x + local;
+        float added = 0;
+        if constexpr (S::kBias >= 0) {
+          const float lower = bias[0], upper = bias[kBiases - 1];
+          added = __shfl_sync(kAllLanes, pass < 4 ? lower : upper, pass % 4 * 8 + row);
+        }
+        float gamma = 0;
+        if constexpr (S::kEpilogue == Epilogue::kResidual) gamma = f.gamma(local, row);
+        float y[kGroups] = {};
+#pragma unroll
+        for (int j = 0; j < kGroups; j++) {
+          const u32 column = (f.lane & 3) + 4 * j;
+          const bool mine = column < columns;
+          if (j > 0 && 4 * j >= columns) break;
+          const float sum = sum_columns(from + (j * kConsumers + pass * S::kWarpsColumns) * 128);
+          y[j] = S::kBias >= 0 ? fmaf(sum, scale[j], added) : sum * scale[j];
+          if constexpr (S::kEpilogue == Epilogue::kStore) {
+            if (mine) store_word(f.words(S::kOutput) + column * M::kQkvWords + tile * 8 + row, __float_as_uint(y[j]), out_tag);
+          } else if constexpr (S::kEpilogue == Epilogue::kSwiglu) {
+            const float up = __shfl_down_sync(kAllLanes, y[j], 16);
+            const float h = __fdividef(y[j], 1.f + __expf(-y[j])) * up;
+            put_pairs(f, h, tile * 4 + row, column, mine && row < 4);
+          } else if constexpr (S::kEpilogue == Epilogue::kResidual) {
+            const u32 place = f.residual(local, row, column);
+            if (mine) y[j] += load_shared_float(place);
+            put_pairs(f, y[j] * gamma, tile * 8 + row, column, mine);
+            if (mine) store_shared_float(place, y[j]);
+          }
+        }
+        if constexpr (S::kEpilogue == Epilogue::kLogits) {
+          const u32 token = tile * 8 + row;
+          if (token < M::kVocab) {
+#pragma unroll
+            for (int j = 0; j < kGroups; j++)
+              if (wanted[j]) wanted[j][token] = y[j];
+            take_column_logits(f, token, y);
+          }
+        }
+      }
+      f.release();
+    }
+    f.turn = turn - groups;  // what is handed over in all stages goes round the finishers
+    if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
+    if constexpr (S::kEpilogue == Epilogue::kResidual) {
+      ColumnsOut<M, S>::done_with_moments(f, out_tag, tiles);
+      const u32 next = S::kNextLayer ? (layer + 1) % M::kLayers : layer;
+      f.fetch_gamma(f.p.vectors + (u64)next * M::kLayerVectors + S::kNextGamma, tiles);
+    } else if constexpr (S::kEpilogue == Epilogue::kSwiglu) {
+      ColumnsOut<M, S>::done(f, out_tag, tiles);
+    }
+  }
+
+ private:
+  static constexpr int kBiases = ceil_div(S::kWarpsRows * 8, 32);
+
+  static FF_DEVICE float* logits_of(const Finisher<M>& f, u32 column, u32 columns) {
+    if (column >= columns) return nullptr;
+    float* all = f.p.sequences[f.column(column).sequence].logits;
+    return all ? all + (u64)f.column_more(column).index * M::kVocab : nullptr;
+  }
+
+  using Sums = typename ColumnSums<M, S>::Type;
+  static constexpr int kSize = S::kFragments / S::kParts, kLarger = S::kFragments % S::kParts;  // the first parts have one fragment more
+  static constexpr int kLastParts = Sums::kLastDiffers ? 1 : 0;
+
+  struct Batch {
+    u32 tiles, groups, first;  // of this block; of the batch
+  };
+
+  // Add so many parts of the batch, of `size` fragments of a warp. ends: the last one ends it.
+  // NOTE: where the last group has fewer tiles than warps, a warp without one multiplies what is left in the slot; nobody looks.
+  template <int size, bool kLast>
+  static FF_DEVICE void add_parts(
+      Consumer<M>& c, Panel<M, S>& panel, Sums (&sums)[S::kTogether], const Batch& batch, u32 parts, bool ends) {
+    constexpr u32 kCells = S::kFragmentColumns / 32;
+    const u32 own = c.lane * 8 % panel.kCellBytes;
+#pragma unroll 1
+    for (u32 part = 0; part < parts; part++) {
+      u32 x = 0;
+      if constexpr (S::kTogether > 1) x = panel.next(size * kCells) + own;
+      const auto place = [&](u32 cell, u32 cells) { return S::kTogether > 1 ? x + cell * panel.kCellBytes : panel.next(cells) + own; };
+#pragma unroll 1
+      for (u32 i = 0; i < S::kTogether; i++) {
+        const u32 group = batch.first + i;
+        if (group < batch.groups) {
+          typename Sums::template Part<size, kLast> now;
+          load_part<S>(c, now, batch.tiles, batch.groups, group);
+          sums[0].add(now, panel.columns, place);
+          if (ends && part + 1 == parts) {
+            float all[kGroups];
+            sums[0].result(all, now);
+            c.hand_over(all);
+          }
+        }
+        // NOTE: which of the sums are meant must be known when this is compiled, so they move on.
+        const Sums first = sums[0];
+#pragma unroll
+        for (int k = 1; k < S::kTogether; k++) sums[k - 1] = sums[k];
+        sums[S::kTogether - 1] = first;
+      }
+    }
+  }
+
+  // One lane's value of a tile, over the warps that share it.
+  static FF_DEVICE float sum_columns(u32 from) {
+    float part[S::kWarpsColumns];
+#pragma unroll
+    for (int i = 0; i < S::kWarpsColumns; i++) part[i] = load_shared_float(from + i * 128);
+#pragma unroll
+    for (int n = S::kWarpsColumns / 2; n; n /= 2)
+#pragma unroll
+      for (int i = 0; i < n; i++) part[i] += part[i + n];
+    return part[0];
+  }
+
+  // Rows come in pairs: the lane of the even row puts both.
+  static FF_DEVICE void put_pairs(Finisher<M>& f, float y, u32 row, u32 column, bool mine) {
+    const float next = __shfl_down_sync(kAllLanes, y, 4);
+    if (mine && !(row & 1)) ColumnsOut<M, S>::put(f, row, column, T::pack(y, next));
+  }
+};

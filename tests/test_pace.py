@@ -1,0 +1,29 @@
+"""How often the host looks for tokens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from flashformer.backends.cuda import pace
+from flashformer.backends.cuda.pace import LONGEST, SHORTEST, Pace
+
+
+@pytest.mark.parametrize(("interval", "most_looks"), [(100e-6, 5), (3.6e-3, 12), (30e-3, 25)])
+def test_few_looks_find_a_token_soon(monkeypatch: pytest.MonkeyPatch, interval: float, most_looks: int) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(pace.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    waits, comes = Pace(), interval
+    for token in range(10):
+        looks = 0
+        while clock.now < comes:
+            before = clock.now
+            waits.wait()
+            assert SHORTEST * 0.99 <= clock.now - before <= LONGEST * 1.01
+            looks += 1
+        waits.made()
+        if token > 1:
+            assert looks <= most_looks and clock.now - comes <= 1.01 * SHORTEST
+        comes += interval
