@@ -21,6 +21,7 @@ from typing import Any
 from flashformer import FlashFormerError, SamplingParams
 from flashformer.backends import Turn
 from flashformer.backends.cuda import RandomWeights, load
+from flashformer.backends.cuda.codegen import ROUND_TAGS
 from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.bench import plan_for_gpu
 from flashformer.records import commit, driver_version, results_file
@@ -64,6 +65,9 @@ class Soak:
         self.runner, self.rng = runner, random.Random(seed)
         self.scheduler = Scheduler(runner.plan, runner)
         self.alive: list[tuple[Request, Text, int]] = []  # and how many tokens were read
+        self.wrap = False  # with the next launch
+        self._start = runner.start
+        runner.start = self._start_shortly_before_wrapping  # type: ignore[method-assign]
         self.counts = dict.fromkeys(("operations", "tokens", "finished", "cancelled", "wraps"), 0)
 
     def run(self, texts: list[Text], operations: int, tokens: int, tell: Any) -> None:
@@ -72,7 +76,7 @@ class Soak:
         while counts["operations"] < operations or counts["tokens"] < tokens:
             counts["operations"] += 1
             if counts["operations"] % WRAP_EVERY == 0:
-                self._about_to_wrap()
+                self.wrap = True
                 tell(counts)
             action = rng.random()
             if not self.alive or (action < 0.3 and len(self.alive) < 2 * self.runner.slots):
@@ -84,9 +88,9 @@ class Soak:
             request, text, read = self.alive.pop(rng.randrange(len(self.alive)))
             if action < 0.35:
                 self.scheduler.cancel(request)
-                self._read(request, text, read, len(text.answer))
+                self._read(request, text, read, len(text.answer) - read)
                 counts["cancelled"] += 1
-            else:
+            else:  # what has ended says so with its last token
                 read = self._read(request, text, read, 1 if action < 0.7 else len(text.answer) - read)
                 if read < len(text.answer):
                     self.alive.append((request, text, read))
@@ -110,14 +114,14 @@ class Soak:
             self.counts["tokens"] += 1
         return read
 
-    def _about_to_wrap(self) -> None:
-        """Between two launches, move the number of passes to shortly before the end of its range."""
-        p, layers = self.runner.params, self.runner.plan.config.num_layers
-        with self.scheduler._lock:  # no launch begins
-            if self.scheduler._turns:
-                return
-            p.epoch = max(p.epoch, (1 << 32) // max(layers + 1, 32) - CONTEXT - MOST_TOKENS)
+    def _start_shortly_before_wrapping(self, steps: int) -> None:
+        """In the place of the runner's: where it is time, the number of passes moves to shortly before the end of its range."""
+        if self.wrap:
+            p, layers = self.runner.params, self.runner.plan.config.num_layers
+            p.epoch = max(p.epoch, (1 << 32) // max(layers + 1, ROUND_TAGS) - CONTEXT)
             self.counts["wraps"] += 1
+            self.wrap = False
+        self._start(steps)
 
 
 def main() -> None:
