@@ -31,11 +31,11 @@ def assert_near(result: Comparison, most: float) -> None:
 @contextmanager
 def run_checkpoint(
     checkpoint: Checkpoint, load: Callable[[Plan, Checkpoint], R], target: Target, max_context: int, workers: int,
-    formats: Mapping[str, Format] | None = None, kv_type: KvType = "native",
+    formats: Mapping[str, Format] | None = None, kv_type: KvType = "native", columns: int = 1, slots: int = 1,
 ) -> Iterator[tuple[R, Reference]]:  # fmt: skip
     """The runner that `load` makes of a plan for `target`, closed at the end, and the reference."""
     graph = build_graph(checkpoint.config)
-    plan = make_plan(checkpoint.config, graph, target, max_context, workers, formats, kv_type)
+    plan = make_plan(checkpoint.config, graph, target, max_context, workers, formats, kv_type, columns, slots)
     validate(plan)
     runner = load(plan, checkpoint)
     try:

@@ -31,9 +31,9 @@ from flashformer.formats import choose
 from flashformer.models import build_graph
 from flashformer.plan import KvType, make_plan
 from flashformer.targets import get
-from flashformer.validate import validate
 from model_files import make_config, write_folder
 from quant_models import FORMS, QuantizedCheckpoint
+from running import run_checkpoint
 from test_formats import forms_of
 
 SHAPE: dict[str, Any] = {"hidden_size": 200, "head_dim": 24, "intermediate_size": 341, "vocab_size": 503}
@@ -42,15 +42,9 @@ SHAPE: dict[str, Any] = {"hidden_size": 200, "head_dim": 24, "intermediate_size"
 @contextmanager
 def running(checkpoint: Checkpoint, columns: int = 16, slots: int = 5, kv_type: KvType = "native") -> Iterator[CpuRunner]:
     """A model on the CPU."""
-    graph = build_graph(checkpoint.config)
-    formats = choose(checkpoint, graph.weights())
-    plan = make_plan(checkpoint.config, graph, get("cpu"), CONTEXT, 2, formats, kv_type, columns, slots)
-    validate(plan)
-    runner = load_runner(plan, checkpoint)
-    try:
+    formats = choose(checkpoint, build_graph(checkpoint.config).weights())
+    with run_checkpoint(checkpoint, load_runner, get("cpu"), CONTEXT, 2, formats, kv_type, columns, slots) as (runner, _):
         yield runner
-    finally:
-        runner.close()
 
 
 @pytest.mark.parametrize("columns", [1, 2, 4, 8, 16])

@@ -31,9 +31,9 @@ from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.checkpoint import Checkpoint
 from flashformer.formats import choose
 from flashformer.models import build_graph
-from flashformer.plan import KvType, make_plan
-from flashformer.validate import validate
+from flashformer.plan import KvType
 from model_files import make_config, write_folder
+from running import run_checkpoint
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 72, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 90, "vocab_size": 203,
@@ -48,15 +48,10 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Open:
 
     @contextmanager
     def open_runner(checkpoint: Checkpoint, columns: int = 8, slots: int = 5, kv_type: KvType = "native") -> Iterator[CudaRunner]:
-        graph = build_graph(checkpoint.config)
-        formats = choose(checkpoint, graph.weights())
-        plan = make_plan(checkpoint.config, graph, device.target, CONTEXT, None, formats, kv_type, columns, slots)
-        validate(plan)
-        runner = load_runner(plan, checkpoint)
-        try:
+        formats = choose(checkpoint, build_graph(checkpoint.config).weights())
+        target = device.target
+        with run_checkpoint(checkpoint, load_runner, target, CONTEXT, target.workers, formats, kv_type, columns, slots) as (runner, _):
             yield runner
-        finally:
-            runner.close()
 
     return open_runner
 

@@ -34,8 +34,8 @@ from flashformer.models import build_graph
 from flashformer.plan import KvType, make_plan
 from flashformer.shapes import shape
 from flashformer.targets import Target, get
-from flashformer.validate import validate
 from model_files import make_config, write_folder
+from running import run_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -53,15 +53,10 @@ def running(
     """A model on this GPU."""
     info = probe()
     assert info is not None and info.target is not None
-    graph = build_graph(checkpoint.config)
-    formats = choose(checkpoint, graph.weights())
-    plan = make_plan(checkpoint.config, graph, target or info.target, CONTEXT, info.workers, formats, kv_type, columns, slots)
-    validate(plan)
-    runner = load_runner(plan, checkpoint)
-    try:
+    formats = choose(checkpoint, build_graph(checkpoint.config).weights())
+    target = target or info.target
+    with run_checkpoint(checkpoint, load_runner, target, CONTEXT, info.workers, formats, kv_type, columns, slots) as (runner, _):
         yield runner
-    finally:
-        runner.close()
 
 
 @pytest.mark.parametrize("size", ["small", "wide"])

@@ -7,6 +7,7 @@ a pass of the kernel carries up to `Runner.columns` token positions of any of th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -87,6 +88,20 @@ def alone(plan: Plan, turn: Turn, seconds: Sequence[float]) -> RunStats:
     context = turn.start + len(turn.tokens)
     nbytes = sum(plan.token_bytes(context + i) for i in range(max(len(seconds) - 1, 0)))
     return RunStats(len(turn.tokens), turn.start, first, len(seconds), last - first, nbytes)
+
+
+def generate_alone(runner: Runner, plan: Plan, turn: Turn) -> Generator[int, None, None]:
+    """`Runner.generate` by way of `Runner.run`."""
+    seconds: list[float] = []
+    try:
+        with closing(runner.run([turn])) as made:
+            for one in made:
+                if one.error:
+                    raise one.error
+                seconds.append(one.seconds)
+                yield one.token
+    finally:
+        runner.stats = alone(plan, turn, seconds)
 
 
 class Runner(Protocol):

@@ -1,9 +1,13 @@
-"""A sequence's part of a launch, as kernels of several columns are told of it: what both backends have alike."""
+"""A sequence's part of a launch: what both backends tell their kernels of it, and which turns they refuse."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
+from ..errors import DeviceError
+from ..plan import Plan
+from . import Turn
 from .sampling import SamplingStruct
 from .source import Field
 
@@ -21,3 +25,26 @@ SEQUENCE: tuple[Field, ...] = (
     ("start", "u32", ctypes.c_uint32, "position of the first token"),
     ("count", "u32", ctypes.c_uint32, "tokens to make"),
 )
+
+
+def check_slots(turns: Sequence[Turn], slots: int) -> None:
+    """Raise DeviceError for slots that are not there or not different."""
+    theirs = [turn.slot for turn in turns]
+    if not turns or len(set(theirs)) < len(theirs) or not 0 <= min(theirs) <= max(theirs) < slots:
+        raise DeviceError(f"turns need slots of their own out of {slots}, not {theirs}")
+
+
+def check_turns(turns: Sequence[Turn], plan: Plan) -> None:
+    """Raise DeviceError for turns that a kernel of `plan` could not take."""
+    room, vocab = plan.max_context, plan.config.vocab_size
+    if not turns:
+        raise DeviceError("a launch needs at least one turn")
+    check_slots(turns, plan.slots)
+    for turn in turns:
+        tokens, start, count = turn.tokens, turn.start, turn.count
+        # A draft that is right is one of the tokens to make.
+        steps = len(tokens) - 1 + max(count - turn.drafts, 1)
+        if not tokens or count < 1 or start < 0 or start + steps > room or not 0 <= turn.drafts < len(tokens):
+            raise DeviceError(f"{len(tokens)} tokens at position {start} and {count} more do not fit into {room} positions")
+        if not 0 <= min(tokens) <= max(tokens) < vocab:
+            raise DeviceError(f"token ids from {min(tokens)} to {max(tokens)} are outside the vocabulary of {vocab}")

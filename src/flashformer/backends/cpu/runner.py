@@ -6,7 +6,6 @@ import ctypes
 import os
 import warnings
 from collections.abc import Collection, Generator, Sequence
-from contextlib import closing
 
 import numpy as np
 
@@ -14,8 +13,9 @@ from ...checkpoint import Checkpoint
 from ...errors import DeviceError
 from ...ops.rope import rope_table
 from ...plan import Plan
-from .. import GREEDY, Made, Progress, RunStats, Turn, alone, no_progress
+from .. import GREEDY, Made, Progress, RunStats, Turn, generate_alone, no_progress
 from ..sampling import REPORT_WORDS, Sampling, Scores, read_report, token_error
+from ..sequence import check_turns
 from .codegen import Launch, Params, SequenceStruct, Source, Status, generate
 from .codegen import Progress as SequenceProgress
 from .compile import compile_source
@@ -75,17 +75,7 @@ class CpuRunner:
         self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
     ) -> Generator[int, None, None]:
         """See `Runner.generate`."""
-        seconds: list[float] = []
-        turn = Turn(0, tokens, start, count, stop, sampling)
-        try:
-            with closing(self._run([turn])) as made:
-                for one in made:
-                    if one.error:
-                        raise one.error
-                    seconds.append(one.seconds)
-                    yield one.token
-        finally:
-            self.stats = alone(self.plan, turn, seconds)
+        return generate_alone(self, self.plan, Turn(0, tokens, start, count, stop, sampling))
 
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`."""
@@ -126,7 +116,7 @@ class CpuRunner:
     def _run(self, turns: Sequence[Turn], logits: np.ndarray | None = None) -> Generator[Made, None, None]:
         """`run`; fills `logits` (float32 [tokens, vocab]) of the only turn. Raises DeviceError where a worker is stuck, too."""
         vocab = self.plan.config.vocab_size
-        _check_turns(turns, self.plan)
+        check_turns(turns, self.plan)
         self._claim()
         parts = [_Part(turn, vocab, logits) for turn in turns]
         sequences = (SequenceStruct * len(parts))(*(part.struct() for part in parts))
@@ -189,24 +179,6 @@ def _check_memory(plan: Plan, weights: int) -> None:
             f"{plan.slots} x {plan.max_context} positions), this machine has {there / 1e9:.1f}; "
             "choose a smaller --max-context or a smaller model"
         )
-
-
-def _check_turns(turns: Sequence[Turn], plan: Plan) -> None:
-    """Raise DeviceError for turns that the kernel could not take."""
-    room, vocab = plan.max_context, plan.config.vocab_size
-    if not turns:
-        raise DeviceError("a launch needs at least one turn")
-    slots = [turn.slot for turn in turns]
-    if len(set(slots)) < len(slots) or not 0 <= min(slots) <= max(slots) < plan.slots:
-        raise DeviceError(f"turns need slots of their own out of {plan.slots}, not {slots}")
-    for turn in turns:
-        tokens, start, count = turn.tokens, turn.start, turn.count
-        # A draft that is right is one of the tokens to make.
-        steps = len(tokens) - 1 + max(count - turn.drafts, 1)
-        if not tokens or count < 1 or start < 0 or start + steps > room or not 0 <= turn.drafts < len(tokens):
-            raise DeviceError(f"{len(tokens)} tokens at position {start} and {count} more do not fit into {room} positions")
-        if not 0 <= min(tokens) <= max(tokens) < vocab:
-            raise DeviceError(f"token ids from {min(tokens)} to {max(tokens)} are outside the vocabulary of {vocab}")
 
 
 class _Part:

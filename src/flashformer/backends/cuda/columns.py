@@ -5,18 +5,17 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import DeviceError
 from ...geometry import round_up
-from .. import Made, Turn, alone
+from .. import Made, Turn
 from ..sampling import NOTHING, REPORT_WORDS, Flag, Scores, await_report, token_error
+from ..sequence import check_turns
 from .codegen import SequenceStruct
 from .pace import Pace
-from .turns import check_slots
 
 if TYPE_CHECKING:
     from .runner import CudaRunner
@@ -47,15 +46,11 @@ class Columns:
 
         Raises DeviceError for turns that do not fit.
         """
-        runner, room = self.runner, self.runner.plan.max_context
+        runner = self.runner
         if runner.context.context is None:
             raise DeviceError("this model has been closed")
-        check_slots(turns, runner.slots)
+        check_turns(turns, runner.plan)
         for turn in turns:
-            tokens, start, count = turn.tokens, turn.start, turn.count
-            steps = len(tokens) - 1 + max(count - turn.drafts, 1)  # a draft that is right is one of the tokens to make
-            if not tokens or count < 1 or start < 0 or start + steps > room or not 0 <= turn.drafts < len(tokens):
-                raise DeviceError(f"{len(tokens)} tokens at position {start} and {count} more do not fit into {room} positions")
             if len(turn.stop) > MAX_STOP:
                 raise DeviceError(f"{len(turn.stop)} stop tokens; at most {MAX_STOP} are supported")
         context, p = runner.context, runner.params
@@ -74,10 +69,9 @@ class Columns:
     def run(self, turns: Sequence[Turn], logits: int = 0) -> Generator[Made, None, None]:
         """One launch of turns, as `Runner.run`; see `launch`."""
         began = time.perf_counter()
-        check_slots(turns, self.runner.slots)
         # NOTE: the kernel looks for cancellations after its first pass.
         numbers = [number for number, turn in enumerate(turns) if not turn.cancelled]
-        if not numbers:
+        if turns and not numbers:
             return
         self.launch([turns[number] for number in numbers], logits)
         parts, context, run = self.parts, self.runner.context, self.runner.params.run
@@ -103,19 +97,6 @@ class Columns:
             self.runner.finish()  # raises where the kernel gave up: then no position is in the cache for certain
             for part in parts:
                 part.settle(run)
-
-    def generate(self, turn: Turn) -> Generator[int, None, None]:
-        """The tokens of one turn alone, as `Runner.generate`."""
-        seconds: list[float] = []
-        try:
-            with closing(self.run([turn])) as made:
-                for one in made:
-                    if one.error:
-                        raise one.error
-                    seconds.append(one.seconds)
-                    yield one.token
-        finally:
-            self.runner.stats = alone(self.runner.plan, turn, seconds)
 
     def scores(self, index: int) -> Scores:
         """Log probabilities of token number `index` of the first turn of the latest launch."""

@@ -24,7 +24,7 @@ from ...ops.attention import CODES
 from ...ops.rope import rope_table
 from ...plan import BLOCK_POSITIONS, Plan
 from ...tape import Tape, lay_tapes
-from .. import GREEDY, Made, Progress, RunStats, Turn, no_progress
+from .. import GREEDY, Made, Progress, RunStats, Turn, generate_alone, no_progress
 from ..sampling import NOTHING, REPORT_WORDS, Flag, Sampling, SamplingStruct, Scores, await_report, checked_token
 from .codegen import ROUND_TAGS, TILE_BITS, Params, Source, generate, threads
 from .columns import MAX_STOP, MOST_SEQUENCES, Columns
@@ -270,7 +270,7 @@ class CudaRunner:
     ) -> Generator[int, None, None]:
         """See `Runner.generate`."""
         if self.many:
-            yield from self.many.generate(Turn(0, tokens, start, count, stop, sampling))
+            yield from generate_alone(self, self.plan, Turn(0, tokens, start, count, stop, sampling))
             return
         began = time.perf_counter()
         self.launch(tokens, start, count, stop, sampling)

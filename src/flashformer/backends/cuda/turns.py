@@ -14,6 +14,7 @@ import numpy as np
 from ...errors import DeviceError, ScoreError
 from .. import GREEDY, Made, Turn
 from ..sampling import Sampling, Scores
+from ..sequence import check_slots
 
 QUANTUM = 16  # tokens that a turn makes while others wait
 PIECE = 256  # tokens of a prompt that one launch is fed: what a cancelled turn may have to compute again
@@ -71,13 +72,6 @@ def run_turns(runner: OneColumn, turns: Sequence[Turn]) -> Generator[Made, None,
             continue
         if (yield from _some(runner, one, began, QUANTUM if waiting else one.turn.count)):
             waiting.append(one)
-
-
-def check_slots(turns: Sequence[Turn], slots: int) -> None:
-    """Raise DeviceError for slots that are not there or not different."""
-    theirs = [turn.slot for turn in turns]
-    if not turns or len(set(theirs)) < len(theirs) or not 0 <= min(theirs) <= max(theirs) < slots:
-        raise DeviceError(f"turns need slots of their own out of {slots}, not {theirs}")
 
 
 def _own(sampling: Sampling) -> Sampling:
