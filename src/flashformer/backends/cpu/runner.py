@@ -124,9 +124,9 @@ class CpuRunner:
         launch = Launch(sequences=ctypes.addressof(sequences), limit=self.limit, count=len(parts))
         # The workers use all of it until they have ended, even if this generator does not live that long.
         self._launch, self._parts, self._launched = launch, parts, sequences
-        self._library.flashformer_start(self._engine, launch)
         status, seen = Status(running=1), [0] * len(parts)
         try:
+            self._library.flashformer_start(self._engine, launch)  # NOTE: in here, so that no interrupt leaves it running
             while status.running or sum(seen) < status.news:
                 self._wait(status, sum(seen), POLL_SECONDS, progress)
                 for index, part in enumerate(parts):
