@@ -137,6 +137,7 @@ class Context:
         self.context: object | None = self
         self.memory: dict[int, tuple[np.ndarray, int]] = {}  # address -> (with its guards, bytes)
         self.pinned: dict[int, int] = {}
+        self.modules: list[ctypes.CDLL] = []
         self.pinned_peak = 0
         self.stream = "first"
         self.error: BaseException | None = None  # of a kernel: from then on everything fails, as on a GPU
@@ -234,7 +235,8 @@ class Context:
 
     def load(self, cubin: bytes) -> ctypes.CDLL:
         """What `compile_source` made."""
-        return ctypes.CDLL(cubin.decode())
+        self.modules.append(ctypes.CDLL(cubin.decode()))
+        return self.modules[-1]
 
     def function(self, module: ctypes.CDLL, name: str) -> Any:
         """A kernel."""
@@ -309,6 +311,9 @@ class Context:
         self.work.put(None)
         self.worker.join()
         self.pinned.clear()
+        with DEVICE:
+            for module in self.modules:
+                module.free_stacks()
         for pointer in list(self.memory):
             self.free(pointer)
 

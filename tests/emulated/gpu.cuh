@@ -460,9 +460,14 @@ inline void run_turns() {
     running.erase(std::remove_if(running.begin(), running.end(), [](const Warp* w) { return w->exited == ~0u; }), running.end());
   }
 }
+inline void free_stacks() {
+  if (stacks) munmap(stacks, stack_count * kStackBytes);
+  stacks = nullptr;
+  stack_count = 0;
+}
 inline void make_stacks(u64 count) {
   if (count <= stack_count) return;
-  if (stacks) munmap(stacks, stack_count * kStackBytes);
+  free_stacks();
   stacks = static_cast<u8*>(mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   for (u64 i = 0; i < count; i++) mprotect(stacks + i * kStackBytes, 4096, PROT_NONE);  // whoever needs more is caught
   stack_count = count;
@@ -549,6 +554,9 @@ const char* launch(void (*kernel)(A...), u32 blocks, u32 threads, u32 shared_byt
 }
 
 }  // namespace gpu
+
+// NOTE: each has a guard, a mapping of its own, of which a process may not have many: whoever has done with a library calls this.
+extern "C" __attribute__((visibility("default"))) void free_stacks() { gpu::free_stacks(); }
 
 #define blockIdx (gpu::current->block_index)
 #define threadIdx (gpu::current->thread_index)
