@@ -12,26 +12,23 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from variants import build
+from variants import build, parameters, place
 
 from flashformer.backends.cuda import CudaRunner, RandomWeights, load
-from flashformer.backends.cuda.codegen import TILE_BITS
 from flashformer.backends.cuda.compile import Kernel
-from flashformer.backends.cuda.pack import pack_words
 from flashformer.backends.cuda.runner import chunk_table
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import DeviceError, FlashFormerError
-from flashformer.plan import Plan, Stage, prefix, spread
+from flashformer.plan import Plan, Stage, prefix, retarget, spread
 from flashformer.records import Kept, commit, driver_version, results_file, save
 from flashformer.shapes import shape
-from flashformer.tape import Tape, lay_tapes
+from flashformer.tape import Tape
 from flashformer.targets import Target
 from flashformer.validate import validate
 
@@ -82,7 +79,7 @@ def spread_evenly(plan: Plan) -> Plan:
         count = spread(stage.tiles, plan.target.workers)
         return replace(stage, count=tuple(count), first=prefix(count)) if stage.geometry else stage
 
-    return replace(plan, stages=tuple(map(alike, plan.stages)))
+    return retarget(replace(plan, stages=tuple(map(alike, plan.stages))))
 
 
 # The consumers count the chunks that they ask for; the producer does not begin a stage before all have asked for its first chunk.
@@ -156,7 +153,7 @@ TECHNIQUES = (
 
 def without(plan: Plan, technique: Technique) -> Plan:
     """The plan with the technique switched off, as far as it is one of the plan's. Raises PlanError where that cannot go well."""
-    changed = technique.plan(replace(plan, target=replace(plan.target, **technique.target(plan.target))))
+    changed = technique.plan(retarget(plan, **technique.target(plan.target)))
     validate(changed)
     return changed
 
@@ -190,36 +187,6 @@ class Ablation(Kept):
         return self.gpu, self.model, self.context, self.technique, self.instead
 
 
-def place(runner: CudaRunner, technique: Technique, plan: Plan) -> dict[str, int]:
-    """Upload what tells the blocks which tiles they own and where their chunks are, as far as it differs: the kernel's parameters."""
-    if technique.table is None and plan.stages == runner.plan.stages:
-        return {}
-    tape, context = lay_tapes(plan), runner.context
-    assert tape.nbytes <= runner.arena_bytes
-    table = (technique.table or chunk_table)(plan, tape)
-    head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
-    return {
-        "table": context.upload(table, "chunk table"),
-        "table_stride": table.shape[1],
-        "table_length": context.upload(tape.length.astype(np.uint32), "chunk counts"),
-        "head_start": context.upload(tape.first_chunk(head).astype(np.uint32), "chunk counts"),
-        "tiles": context.upload(pack_words(plan.stages, plan, TILE_BITS), "tile ranges"),
-    }
-
-
-@contextmanager
-def parameters(runner: CudaRunner, given: Mapping[str, int]) -> Iterator[None]:
-    """Launch with these parameters for a while."""
-    usual = {name: getattr(runner.params, name) for name in given}
-    for name, value in given.items():
-        setattr(runner.params, name, value)
-    try:
-        yield
-    finally:
-        for name, value in usual.items():
-            setattr(runner.params, name, value)
-
-
 def time_launches(runner: CudaRunner, start: int, count: int) -> tuple[float, list[int]]:
     """Seconds on the device for `count` greedy tokens, a launch for each, and the tokens."""
     made = [1]
@@ -245,7 +212,7 @@ def in_pairs(runner: CudaRunner, built: Built, options: argparse.Namespace) -> t
     """Milliseconds a token of a variant and of the base, time after time, and the variant's tokens. Raises DeviceError if it fails."""
     technique, plan, kernel = built
     timer = time_launches if technique.launches else time_tokens
-    function, given = runner.ready(kernel, plan), place(runner, technique, plan)
+    function, given = runner.ready(kernel, plan), place(runner, plan, technique.table)
     made: list[int] = []
     pairs = []
     for _ in range(options.repeats + 1):

@@ -3,7 +3,8 @@
 usage: python benchmarks/variants.py VARIANTS.json [--models llama-3.2-1b,llama-3.1-8b] [--context 1024] [--tokens 128] [--repeats 5]
 
 VARIANTS.json: {name: {"patch": [[header, old text, new text], ...], "target": {field of Target: value, ...}, "wrong": false}, ...};
-"wrong" marks one whose tokens are not expected to be right, such as an ablation. The kernel as it is comes first, as "base".
+"wrong" marks one whose tokens are not expected to be right, such as an ablation, or another order of tiles. The kernel as it is comes
+first, as "base".
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flashformer.backends.cuda.codegen import generate, include_paths
+import numpy as np
+
+from flashformer.backends.cuda import CudaRunner
+from flashformer.backends.cuda.codegen import TILE_BITS, generate, include_paths
 from flashformer.backends.cuda.compile import Kernel, run_nvrtc
+from flashformer.backends.cuda.pack import pack_words
+from flashformer.backends.cuda.runner import chunk_table
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import FlashFormerError
 from flashformer.formats import NAMED
-from flashformer.plan import Plan
+from flashformer.plan import Plan, retarget
 from flashformer.shapes import shape
+from flashformer.tape import Tape, lay_tapes
 
 
 def build(plan: Plan, patches: list[list[str]]) -> Kernel:
@@ -48,7 +56,40 @@ def changed(plan: Plan, variant: dict[str, Any]) -> Plan:
     """The plan of a variant: the same weights in the same places, other numbers of the target."""
     given: dict[str, Any] = variant.get("target", {})
     fields: dict[str, Any] = {name: tuple(map(tuple, value)) if isinstance(value, list) else value for name, value in given.items()}
-    return replace(plan, target=replace(plan.target, **fields))
+    return retarget(plan, **fields)
+
+
+def place(runner: CudaRunner, plan: Plan, table: Callable[[Plan, Tape], np.ndarray] | None = None) -> dict[str, int]:
+    """Upload what tells the blocks which tiles they own and where their chunks are, as far as it differs: the kernel's parameters.
+
+    table: makes another table of chunks than the usual one.
+    """
+    if table is None and plan.stages == runner.plan.stages:
+        return {}
+    tape, context = lay_tapes(plan), runner.context
+    assert tape.nbytes <= runner.arena_bytes
+    entries = (table or chunk_table)(plan, tape)
+    head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
+    return {
+        "table": context.upload(entries, "chunk table"),
+        "table_stride": entries.shape[1],
+        "table_length": context.upload(tape.length.astype(np.uint32), "chunk counts"),
+        "head_start": context.upload(tape.first_chunk(head).astype(np.uint32), "chunk counts"),
+        "tiles": context.upload(pack_words(plan.stages, plan, TILE_BITS), "tile ranges"),
+    }
+
+
+@contextmanager
+def parameters(runner: CudaRunner, given: Mapping[str, int]) -> Iterator[None]:
+    """Launch with these parameters for a while."""
+    usual = {name: getattr(runner.params, name) for name in given}
+    for name, value in given.items():
+        setattr(runner.params, name, value)
+    try:
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(runner.params, name, value)
 
 
 def measure(model: str, variants: dict[str, Any], context: int, tokens: int, repeats: int, weights: str = "bf16") -> None:
@@ -68,9 +109,9 @@ def measure(model: str, variants: dict[str, Any], context: int, tokens: int, rep
         expected: list[int] = []
         for name, variant in variants.items():
             kernel = building[name].result()
-            runner.function = runner.context.function(runner.context.load(kernel.cubin), "flashformer_decode")
-            runner.context.allow_shared(runner.function, plan.target.shared_bytes)
-            times = [runner.time_generate(context, tokens) / tokens * 1e3 for _ in range(repeats + 1)][1:]
+            present = changed(plan, variant)
+            with runner.instead(runner.ready(kernel, present), present), parameters(runner, place(runner, present)):
+                times = [runner.time_generate(context, tokens) / tokens * 1e3 for _ in range(repeats + 1)][1:]
             made = [int(word) & 0xFFFFFFFF for word in runner.tokens[:tokens]]
             expected = expected or made
             same = "" if variant.get("wrong") else "same tokens" if made == expected else "OTHER TOKENS"

@@ -23,7 +23,7 @@ from flashformer.config import ModelConfig
 from flashformer.errors import BuildError
 from flashformer.formats import NAMED, Format
 from flashformer.models import build_graph
-from flashformer.plan import KvType, Plan, make_plan
+from flashformer.plan import KvType, Plan, make_plan, retarget
 from flashformer.shapes import shape
 from flashformer.targets import available, get
 
@@ -130,6 +130,26 @@ def test_formats_of_codes(stages: dict[str, Format], target: str) -> None:
     plan = make_plan(config, graph, get(target), formats=formats)
     assert {s.name: s.geometry.format for s in plan.stages if s.geometry} == stages
     assert_clean(plan)
+
+
+LATE = 40_000  # bytes of `late_bytes`
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-14b"])
+def test_stages_that_begin_early(name: str, target: str) -> None:
+    plan = retarget(planned(shape(name), target), late_bytes=LATE)
+    assert {s.name for s in plan.stages if s.geometry and s.geometry.late_slices} == {"qkv", "gate_up", "down"}
+    assert_clean(plan)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4", "nf4", "mxfp4"])
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b"])
+def test_stages_of_codes_that_begin_early(name: str, weights: str) -> None:
+    config = shape(name)
+    graph = build_graph(config)
+    formats = {w: NAMED[weights] for w, spec in graph.weights().items() if len(spec.shape) == 2}
+    assert_clean(retarget(make_plan(config, graph, get("sm_90"), formats=formats), late_bytes=LATE))
 
 
 # Of several columns: the fewest and the most that a target has, and one of odd sizes; every format of codes.

@@ -23,7 +23,7 @@ from .backends import Progress, no_progress
 from .backends.cuda.codegen import generate
 from .build import digest
 from .errors import BuildError
-from .plan import Plan
+from .plan import Plan, retarget
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def tuned(plan: Plan, gpu: str) -> Plan:
         env.debug(1, f"tuned numbers: {path} is passed over ({type(error).__name__})")
         return plan
     env.debug(1, lambda: f"tuned numbers: {', '.join(f'{name} {value}' for name, value in values.items())}")
-    return replace(plan, target=replace(plan.target, **values))
+    return retarget(plan, **values)
 
 
 def differences(usual: Target, target: Target) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def tune(model: str, context: int, seconds: float, progress: Progress, tell: Cal
         (start,) = starts(subject.config, [context], TOKENS)
         plan = plan_for_gpu(subject.config, start + TOKENS, subject.formats)
         most = max(choices(plan.target)["exchange_copies"])
-        runner = load(replace(plan, target=replace(plan.target, exchange_copies=most)), subject.weights, progress)
+        runner = load(retarget(plan, exchange_copies=most), subject.weights, progress)
         try:
             runner.fill_kv()
             found = search(plan.target, Timer(runner, start), seconds, progress, tell)

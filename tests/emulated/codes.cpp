@@ -21,14 +21,14 @@ struct Model {
 };
 template <class S, bool kInteger = S::Format::Code::kInteger>
 struct ProductOf {
-  using Type = CodedProduct<Model, S>;
+  using Type = CodedProduct<Model, S, 0, S::kFragments>;
 };
 template <class S>
 struct ProductOf<S, true> {
-  using Type = IntegerProduct<Model, S>;
+  using Type = IntegerProduct<Model, S, 0, S::kFragments>;
 };
 
-// One lane of one warp: as Linear::multiply_codes does it (linear.cuh).
+// One lane of one warp: as CodedLinear does it (linear_codes.cuh).
 template <class S>
 struct Consumer {
   using Product = typename ProductOf<S>::Type;

@@ -316,8 +316,12 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     head = next(s for s in plan.stages if s.name == "head")
     combine = next(s for s in body if s.kind == "combine")
     residuals = [s.name for s in body if s.publish_gamma]
-    names = (STREAM, *(s.name for s in (embed, *body, head)), "token")
-    words = 3 + 2 * c.num_layers
+    late = [s.name for s in body if s.geometry and s.geometry.late_slices]
+    names = (STREAM, *(s.name for s in (embed, *body, head)), "token", *map(late_name, late))
+    # Tile ranges, and behind each that of the early ones, where there are some: the residual's, combine's, two of each layer, the head's.
+    own_words = 2 if embed.early else 1
+    layer_words = 2 + sum(s.early is not None for s in body if s.name == "gate_up")
+    words = own_words + 1 + layer_words * c.num_layers + 1
     slot, several = slot_bytes(plan), plan.columns > 1
     for stage in plan.stages:
         if stage.count and (max(stage.count) >= 1 << TILE_BITS or stage.tiles >= 1 << (32 - TILE_BITS)):
@@ -345,6 +349,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("int", "kOwnedTiles", max(embed.count)),
         ("u32", "kOwners", sum(c > 0 for c in embed.count)),
         ("int", "kTileWords", words),
+        ("int", "kCombineTiles", own_words),
         ("int", "kHeadTiles", words - 1),
         ("int", "kPieces", pieces(plan)),
         ("int", "kPieceWords", piece_words(plan)),
@@ -409,12 +414,15 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 ("int", "kFragmentColumns", g.fragment_columns),
                 ("bool", "kCoded", g.format != PLAIN),
                 ("int", "kParts", g.parts),
+                ("int", "kLateSlices", g.late_slices),
                 ("u32", "kStack", g.stack),
                 ("bool", "kNorm", stage.linear.eps > 0),
                 ("float", "kEps", stage.linear.eps),
                 ("int", "kBias", vectors.bias.get(stage.name, -1) if stage.layer >= 0 else -1),
                 ("bool", "kNextLayer", stage.name == "down"),
             ]
+            if g.late_slices:
+                facts.append(("u32", "kLateWhere", names.index(late_name(stage.name))))
             if several:
                 p = panel(plan, g)
                 facts += [
@@ -429,6 +437,10 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 text.extend(describe_format(g.format))
             text.append(f"  static constexpr Epilogue kEpilogue = Epilogue::k{stage.linear.epilogue.capitalize()};")
             text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
+        if stage.count:
+            facts.append(("u32", "kEarlyTiles", stage.early.tiles if stage.early else 0))
+        if stage.early:
+            facts.append(("u32", "kPeriod", stage.early.period))
         if stage.kind == "embed":
             facts.append(("int", "kGamma", vectors.embed_gamma))
         if stage.publish_gamma:
@@ -448,10 +460,11 @@ def generate(plan: Plan, trace: bool = False) -> Source:
 
     text.append("namespace stage {")
     describe(embed)
-    tile_words = {"qkv": "2 + 2 * layer", "gate_up": "3 + 2 * layer"}
+    first = own_words + 1
+    tile_words = {"qkv": f"{first} + {layer_words} * layer", "gate_up": f"{first + 1} + {layer_words} * layer"}
     for stage in body:
         describe(stage, tile_words.get(stage.name, "0"))
-    describe(head, "2 + 2 * layer")
+    describe(head, "Model::kHeadTiles")
     text.append("struct Token {")
     columns_end = 4 * t.workers * plan.columns + (4 if several else 0)
     token: list[tuple[str, str, object]] = [
@@ -482,6 +495,11 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
     return Source("\n".join(text) + "\n", names, vectors, places.size * (1 if several else t.exchange_copies))
+
+
+def late_name(stage: str) -> str:
+    """What a stuck kernel calls the wait for the last part of a stage's input."""
+    return f"{stage}, the rest of its input"
 
 
 def include_paths() -> list[Path]:

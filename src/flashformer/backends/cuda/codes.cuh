@@ -193,12 +193,13 @@ FF_DEVICE u32 larger_halves(u32 a, u32 b) {
   return r;
 }
 
-// The largest magnitude of a warp's 16-bit values, as their bits: these have the same order, and a NaN is larger than all.
-template <int n>
+// The largest magnitude of a warp's 16-bit values, of pairs [kBegin, kEnd), as their bits: these have the same order, and a NaN is larger
+// than all.
+template <int kBegin, int kEnd, int n>
 FF_DEVICE u32 warp_largest(const u32 (&pairs)[n][2]) {
   u32 top = 0;
 #pragma unroll
-  for (int i = 0; i < n; i++)
+  for (int i = kBegin; i < kEnd; i++)
 #pragma unroll
     for (int j = 0; j < 2; j++) top = larger_halves(top, pairs[i][j] & 0x7fff7fffu);
   top = (top >> 16) > (top & 0xffff) ? top >> 16 : top & 0xffff;
@@ -206,14 +207,14 @@ FF_DEVICE u32 warp_largest(const u32 (&pairs)[n][2]) {
   return top;
 }
 
-// x as fp16 and what belongs to it: made once a stage from the words that were gathered.
+// Slices [kBegin, kEnd) of x as fp16 and what belongs to them: made once a stage from the words that were gathered.
 // NOTE: fp16 holds 3 bits more than bf16, but not its range: x is scaled by a power of two so that the largest value of a warp fits. What is
 // lost is below 2^-29 of that value.
-template <class M, class S>
+template <class M, class S, int kBegin, int kEnd>
 struct CodedOperand {
   using F = typename S::Format;
   using Code = typename F::Code;
-  static constexpr int kSlices = S::kFragments;
+  static constexpr int kSlices = kEnd - kBegin;
   static constexpr bool kBiased = Code::kEvenBias != 0, kOffsets = F::kOffset != Offset::kNone;
   static constexpr int kSums = F::kGroup == 16 ? 2 : (kBiased ? 1 : 0) + (kOffsets ? 1 : 0);
   static constexpr int kSumSlices = F::kGroup ? kSlices : 1;  // where all columns have one scale they have one sum, too
@@ -226,9 +227,9 @@ struct CodedOperand {
   FF_DEVICE void prepare(const X& from, u32) {
     unscale = Code::kFactor;
 #pragma unroll
-    for (int i = 0; i < kSlices; i++) value[i][0] = from.value[i][0], value[i][1] = from.value[i][1];
+    for (int i = 0; i < kSlices; i++) value[i][0] = from.value[kBegin + i][0], value[i][1] = from.value[kBegin + i][1];
     if constexpr (!M::Value::kIsHalf) {
-      const u32 top = warp_largest(value);
+      const u32 top = warp_largest<0, kSlices>(value);
       const u32 exponent = 268 - (top >> 7) < 253 ? 268 - (top >> 7) : 253;  // the largest value becomes 2^14 to 2^15
       const float scale = __uint_as_float(exponent << 23);
       unscale *= __uint_as_float((254 - exponent) << 23);
@@ -289,18 +290,19 @@ struct ScalePlace {
   }
 };
 
-// What a lane needs of `size` slices of a tile: codes and scales, from a chunk that has landed. kAll: the scales of all columns of its row,
+// What a lane needs of slices [kFrom, kFrom + kCount) of a part of `size`: codes and scales, from a chunk that has landed. kAll: the scales of all columns of its row,
 // not only of the 32 of a slice that the lane sums.
-template <class S, int size, bool kLast, bool kAll = false>
+template <class S, int size, bool kLast, bool kAll = false, int kFrom = 0, int kCount = size>
 struct Loaded {
   using F = typename S::Format;
   using Place = ScalePlace<S, size, kLast>;
   using Raw = typename F::Scale::Raw;
   static constexpr int kLoads = F::Code::kBits / 4;       // of 16 bytes, a slice
   static constexpr int kPicks = F::kGroup == 0 ? 1 : kAll ? 128 / (F::kGroup ? F::kGroup : 1) : F::kGroup == 16 ? 2 : 1;  // in a slice
-  static constexpr int kScales = F::kGroup ? size : 1;    // of a whole row: one, which comes with the last part
+  static constexpr int kBegin = kFrom, kSlices = kCount;
+  static constexpr int kScales = F::kGroup ? kCount : 1;  // of a whole row: one, which comes with the last part
   static constexpr bool kOffsets = F::kOffset != Offset::kNone;
-  uint4 raw[size][kLoads];
+  uint4 raw[kCount][kLoads];
   Raw scale[kScales][kPicks], offset[kScales][kPicks];
   float divisor;
 
@@ -308,15 +310,15 @@ struct Loaded {
   FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane) {
     const u32 codes = at + warp * (size * Place::kSliceBytes) + lane * 16, scales = Place::at(at, tiles, warp, kAll ? lane & ~3u : lane);
 #pragma unroll
-    for (int i = 0; i < size; i++)
+    for (int i = 0; i < kCount; i++)
 #pragma unroll
-      for (int j = 0; j < kLoads; j++) raw[i][j] = load_shared4(codes + i * Place::kSliceBytes + j * 512);
+      for (int j = 0; j < kLoads; j++) raw[i][j] = load_shared4(codes + (kFrom + i) * Place::kSliceBytes + j * 512);
     if constexpr (F::kGroup != 0 || kLast) {
 #pragma unroll
       for (int i = 0; i < kScales; i++)
 #pragma unroll
         for (int j = 0; j < kPicks; j++) {
-          const u32 from = scales + i * Place::kSliceStep + j * Place::kGroupBytes;
+          const u32 from = scales + (F::kGroup ? kFrom + i : 0) * Place::kSliceStep + j * Place::kGroupBytes;
           scale[i][j] = F::Scale::load(from);
           if constexpr (kOffsets) offset[i][j] = F::Scale::load(from + Place::kRowsBytes);
         }
@@ -335,8 +337,8 @@ struct WholeRow {
   typename F::Scale::Raw scale, offset;  // where all columns have one
   float divisor;
 
-  template <int size, bool kLast, bool kAll>
-  FF_DEVICE void take(const Loaded<S, size, kLast, kAll>& part) {
+  template <int size, bool kLast, bool kAll, int kFrom, int kCount>
+  FF_DEVICE void take(const Loaded<S, size, kLast, kAll, kFrom, kCount>& part) {
     if constexpr (F::kGroup == 0 && kLast) scale = part.scale[0][0], offset = part.offset[0][0];
     if constexpr (F::Scale::kDivided && kLast) divisor = part.divisor;
   }
@@ -344,13 +346,13 @@ struct WholeRow {
 };
 
 // One lane's part of the product of a tile with x.
-template <class M, class S>
+template <class M, class S, int kBegin, int kEnd>
 struct CodedProduct {
   using F = typename S::Format;
   using Code = typename F::Code;
   using Scale = typename F::Scale;
   using Raw = typename Scale::Raw;
-  using X = CodedOperand<M, S>;
+  using X = CodedOperand<M, S, kBegin, kEnd>;
 
   float total = 0;
   float set[4][4];  // where all columns have one scale: sums over all slices
@@ -360,21 +362,24 @@ struct CodedProduct {
     if constexpr (F::kGroup == 0) clear();
   }
 
-  // Add the product of a part whose first slice is `first`.
-  template <int first, int size, bool kLast>
-  FF_DEVICE void add(const Loaded<S, size, kLast>& part, const X& x, u32 lane) {
+  // Add the product of what was loaded of a part whose first slice is `kFirst`.
+  template <int kFirst, class Part>
+  FF_DEVICE void add(const Part& part, const X& x, u32 lane) {
+    constexpr int first = kFirst + Part::kBegin - kBegin;
     const u32 t = lane & 3;
 #pragma unroll
-    for (int i = 0; i < size; i++) {
+    for (int i = 0; i < Part::kSlices; i++) {
+      const int slice = first + i;
+      if (slice < 0 || slice >= X::kSlices) continue;  // another's
       if constexpr (F::kGroup != 0) clear();
 #pragma unroll
-      for (int p = 0; p < 4; p++) mma<Float16>(set[p], Code::operand(part.raw[i], p), x.value[first + i][0], x.value[first + i][1]);
+      for (int p = 0; p < 4; p++) mma<Float16>(set[p], Code::operand(part.raw[i], p), x.value[slice][0], x.value[slice][1]);
       if constexpr (F::kGroup == 16) {
-        const float(&sum)[X::kSums] = x.sum[first + i];
+        const float(&sum)[X::kSums] = x.sum[slice];
         total = scaled(total, pick(0, t), Code::kEvenBias, sum[0], sum[0], part.scale[i][0], part.offset[i][0]);
         total = scaled(total, pick(3, t) * Code::kOddFactor, Code::kOddBias, sum[1], sum[1], part.scale[i][1], part.offset[i][1]);
       } else if constexpr (F::kGroup != 0) {
-        total = scaled(total, both(t), 1, x.sum[first + i][0], x.sum[first + i][kPlain], part.scale[i][0], part.offset[i][0]);
+        total = scaled(total, both(t), 1, x.sum[slice][0], x.sum[slice][kPlain], part.scale[i][0], part.offset[i][0]);
       }
     }
     row.take(part);
