@@ -36,17 +36,22 @@ from flashformer.shapes import shape
 from flashformer.tape import Tape, lay_tapes
 
 
+def patched(patches: list[list[str]]) -> dict[str, str]:
+    """The headers, patched. Raises ValueError where a text to be replaced is not there."""
+    paths = (path for source in include_paths() for path in source.iterdir() if path.suffix in (".cuh", ".hpp"))
+    headers = {path.name: path.read_text() for path in paths}
+    for header, old, new in patches:
+        if old not in headers.get(header, ""):
+            raise ValueError(f"{header} does not hold {old!r}")
+        headers[header] = headers[header].replace(old, new)
+    return headers
+
+
 def build(plan: Plan, patches: list[list[str]]) -> Kernel:
     """The kernel of a plan from patched copies of the headers. Raises ValueError where a text to be replaced is not there."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        paths = (path for source in include_paths() for path in source.iterdir() if path.suffix in (".cuh", ".hpp"))
-        headers = {path.name: path.read_text() for path in paths}
-        for header, old, new in patches:
-            if old not in headers.get(header, ""):
-                raise ValueError(f"{header} does not hold {old!r}")
-            headers[header] = headers[header].replace(old, new)
-        for header, text in headers.items():
+        for header, text in patched(patches).items():
             (folder / header).write_text(text)
         cubin, log = run_nvrtc(generate(plan).text, plan.target, [folder])
         return Kernel(folder, cubin, log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import losses
 import numpy as np
 import pytest
 import table
+import variants
 
 from flashformer.backends.cuda.codegen import generate, headers
 from flashformer.backends.cuda.runner import chunk_table
@@ -54,6 +56,15 @@ def test_every_technique_is_there_to_be_switched_off() -> None:
         assert all(texts[header].count(old) == 1 for header, old, _ in technique.patches), technique.instead
         differs = generate(changed).text != generate(plan).text or changed.stages != plan.stages
         assert differs or technique.patches or technique.table or technique.launches, technique.instead
+
+
+@pytest.mark.parametrize("path", sorted(Path(variants.__file__).parent.glob("*.json")), ids=lambda path: path.stem)
+def test_variants_can_be_made(path: Path) -> None:
+    """Each has something of its own: patched headers, or another source."""
+    plan = plan_of("llama-3.1-8b")
+    made = [(variants.patched(v.get("patch", [])), generate(variants.changed(plan, v)).text) for v in json.loads(path.read_text()).values()]
+    base = (variants.patched([]), generate(plan).text)
+    assert base not in made
 
 
 def test_what_is_patched_compiles_without_spills() -> None:
