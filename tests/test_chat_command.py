@@ -25,6 +25,7 @@ from flashformer.terminal import Chat
 from model_files import make_config, write_folder
 
 NOT_PART = "not part of the conversation"
+GREEDY = ("--temperature", "0")
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_what_is_no_text_ends_with_an_error(talk: Talk) -> None:
 
 
 def chat(folder: Path, lines: str, *options: str) -> tuple[int, str, str]:
-    """The command itself with the real kernel: exit status and both streams."""
+    """The command itself with the real kernel: exit status and both streams. NOTE: by itself it samples, each time something else."""
     result = CliRunner().invoke(main, ["chat", str(folder), "--device", "cpu", *options], input=lines)
     return result.exit_code, result.stdout, result.stderr
 
@@ -211,13 +212,14 @@ def test_answers_are_sampled(folder: Path) -> None:
 
 def test_a_full_context_is_said_and_nothing_is_lost(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "kept.json"
-    code, _, err = chat(folder, f"Hello\n{'long ' * 40}\n/save {file}\n/reset\nHello\n", "--max-context", "60", "--max-tokens", "4")
+    lines = f"Hello\n{'long ' * 40}\n/save {file}\n/reset\nHello\n"
+    code, _, err = chat(folder, lines, *GREEDY, "--max-context", "60", "--max-tokens", "4")
     assert code == 0
     assert "The answer was cut after 4 tokens; see --max-tokens." in err
     assert "the context holds 60; /reset begins a new one" in err and NOT_PART in err
     kept = json.loads(file.read_text())["messages"]
     assert len(kept) == 2 and kept[0]["content"] == "Hello"  # the answered turn whole, of the other one nothing
-    code, _, err = chat(folder, "Hello\n", "--max-context", "60")
+    code, _, err = chat(folder, "Hello\n", *GREEDY, "--max-context", "60")
     assert "The context of 60 tokens is full: /reset begins a new conversation" in err and "--max-tokens" not in err
 
 
@@ -243,7 +245,7 @@ main()
 def test_a_person_at_a_terminal(folder: Path) -> None:
     """In a real terminal: the prompt, an answer, lines remembered, Ctrl-C twice."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", IN_TERMINAL, "chat", str(folder), "--device", "cpu", "--max-tokens", "3"]
+    command = [sys.executable, "-c", IN_TERMINAL, "chat", str(folder), "--device", "cpu", *GREEDY, "--max-tokens", "3"]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     try:

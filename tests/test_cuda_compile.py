@@ -33,7 +33,7 @@ CUDA = sorted(name for name, target in available().items() if target.kind == "cu
 SHAPES = ["smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "qwen3-14b"]
 LARGE = ["qwen3-32b", "llama-3.1-70b"]  # do not fit the older GPUs
 REGISTERS = 65536  # of an SM
-MOST_CODE = 256 << 10  # bytes: more would hardly stay in the instruction caches
+MOST_CODE = 260 << 10  # bytes: more would hardly stay in the instruction caches
 
 
 def odd(**changes: object) -> ModelConfig:
@@ -106,7 +106,7 @@ FORMATS = [
     {
         "qkv": Format("fp8", 8, 128, scale="exponent"), "attention_output": Format("table", 4, 64, scale="float32", table=NF4),
         "gate_up": Format("int", 4, 16, "minimum", "float32"), "down": Format("int", 8, 16, "zero", "float16"),
-        "head": Format("table", 4, 0, scale="bfloat16", table=FP4),
+        "head": Format("table", 4, 0, scale="bfloat16", table=(*NF4[::2], *NF4[1::2])),
     },
 ]  # fmt: skip
 NAMES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "attention_output", "gate": "gate_up", "up_": "gate_up",
@@ -132,6 +132,20 @@ def test_formats_of_codes(stages: dict[str, Format], target: str) -> None:
     assert_clean(plan)
 
 
+def of_codes(name: str, weights: str) -> Plan:
+    """The plan of a model whose matrices are all in one format, on sm_90."""
+    config = shape(name)
+    graph = build_graph(config)
+    formats = {w: NAMED[weights] for w, spec in graph.weights().items() if len(spec.shape) == 2}
+    return make_plan(config, graph, get("sm_90"), formats=formats)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("name", LARGE)
+def test_large_shapes_of_codes(name: str, weights: str) -> None:
+    assert_clean(of_codes(name, weights))
+
+
 LATE = 40_000  # bytes of `late_bytes`
 
 
@@ -146,10 +160,7 @@ def test_stages_that_begin_early(name: str, target: str) -> None:
 @pytest.mark.parametrize("weights", ["int8", "fp8", "int4", "nf4", "mxfp4"])
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b"])
 def test_stages_of_codes_that_begin_early(name: str, weights: str) -> None:
-    config = shape(name)
-    graph = build_graph(config)
-    formats = {w: NAMED[weights] for w, spec in graph.weights().items() if len(spec.shape) == 2}
-    assert_clean(retarget(make_plan(config, graph, get("sm_90"), formats=formats), late_bytes=LATE))
+    assert_clean(retarget(of_codes(name, weights), late_bytes=LATE))
 
 
 # Of several columns: the fewest and the most that a target has, and one of odd sizes; every format of codes.

@@ -45,18 +45,19 @@ struct Linear {
     c.enter(S::kWhere, layer);
     const u32 tiles = c.tiles(S::tile_word(layer)).y;
     if (tiles == 0) return;
-    Input<M, S> x{c, step, layer};
-    x.gather_early();
+    Operand<S> x;
+    Input<M, S> input(c, step, layer);
+    input.gather_early(x);
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
     if constexpr (S::kCoded) {
-      CodedLinear<M, S>::multiply(c, x, tiles, groups);
+      CodedLinear<M, S>::multiply(c, x, input, tiles, groups);
     } else {
       u32 octet = c.lane >> 3;
 #pragma unroll 1
       for (u32 group = 0; group < groups; group++) {
         float d[2][4] = {};
         if constexpr (S::kFragments > 16) asm volatile("" : "+r"(octet));  // keep masks in the loop: hoisted, they would spill
-        multiply<0, 0>(c, x, d, octet, group);
+        multiply<0, 0>(c, x, input, d, octet, group);
         c.hand_over((d[0][0] + d[0][3]) + (d[1][0] + d[1][3]));
       }
     }
@@ -155,11 +156,11 @@ struct Linear {
   // Multiply part `part` of the group, and those after it: its chunk's fragments are `first`... of this warp's x.
   // NOTE: where the last group has fewer tiles than warps, a warp without one multiplies what is left in the slot; nobody looks.
   template <int part, int first>
-  static FF_DEVICE void multiply(Consumer<M>& c, Input<M, S>& x, float (&d)[2][4], u32 octet, u32 group) {
+  static FF_DEVICE void multiply(Consumer<M>& c, Operand<S>& x, const Input<M, S>& input, float (&d)[2][4], u32 octet, u32 group) {
     if constexpr (part < S::kParts) {
       constexpr int kSize = part_size(S::kFragments, S::kParts, part), kEarly = Input<M, S>::kEarlySlices * 4;  // fragments
       if constexpr (S::kLateSlices > 0 && first <= kEarly && first + kSize > kEarly)
-        if (group == 0) x.gather_late();
+        if (group == 0) input.gather_late(x);
       c.acquire();
       uint4 a[kSize];
       const u32 at = c.chunk_address() + c.warp * (kSize * 512) + c.lane * 16;
@@ -173,7 +174,7 @@ struct Linear {
         const bool on = octet == (first + i) % kAlign;  // columns 2p and 2p + 1 hold the steps of fragment p
         mma<T>(d[i & 1], a[i], on ? x.value[slice][0] : 0, on ? x.value[slice][1] : 0);
       }
-      multiply<part + 1, first + kSize>(c, x, d, octet, group);
+      multiply<part + 1, first + kSize>(c, x, input, d, octet, group);
     }
   }
 

@@ -15,14 +15,15 @@ struct ProductOf<M, S, kBegin, kEnd, true> {
   using Type = IntegerProduct<M, S, kBegin, kEnd>;
 };
 
-// A part of a group of tiles, as soon as its chunk has landed. kRelease: the chunk is not needed any more.
-template <class S, bool kRelease = true, class C, class Part>
+// Slices of a part of a group of tiles, as soon as its chunk has landed: the first ones of the part that are read, or the last, or both.
+// kRelease: the chunk is not needed any more.
+template <class S, bool kFirst = true, bool kLast = true, bool kRelease = true, class C, class Part>
 FF_DEVICE void load_part(C& c, Part& to, u32 tiles, u32 groups, u32 group) {
   constexpr u32 kChunkTiles = S::kStack * S::kWarpsRows;
   const u32 at = group % S::kStack, left = tiles - group / S::kStack * kChunkTiles;
-  if (at == 0) c.acquire();
+  if (kFirst && at == 0) c.acquire();
   to.load(c.chunk_address(), left < kChunkTiles ? left : kChunkTiles, at * kConsumers + c.warp, c.lane);
-  if (at + 1 == S::kStack || group + 1 == groups) c.template leave<kRelease>();
+  if (kLast && (at + 1 == S::kStack || group + 1 == groups)) c.template leave<kRelease>();
 }
 
 // A product and what it multiplies.
@@ -39,12 +40,12 @@ struct CodedLinear {
   using Early = typename ProductOf<M, S, 0, In::kEarlySlices>::Type;
   using Sums = float[kQuad];
 
-  static FF_DEVICE void multiply(Consumer<M>& c, In& x, u32 tiles, u32 groups) {
+  static FF_DEVICE void multiply(Consumer<M>& c, const Operand<S>& x, const In& input, u32 tiles, u32 groups) {
     typename Early::X early_x;
     early_x.prepare(x, c.lane);
     Sums sums = {};
     if constexpr (In::kLate) {
-      multiply_late(c, x, early_x, sums, tiles, groups);
+      multiply_late(c, input, early_x, sums, tiles, groups);
     } else {
       // NOTE: to load the next group before the work on this one costs more instructions than the loads cost time.
 #pragma unroll 1
@@ -59,7 +60,8 @@ struct CodedLinear {
  private:
   // The same where x has late slices. Of a tile in many parts the first come before them. Tiles in few bytes would not last until these are
   // there: of some groups the early slices come first, and their chunks stay in the ring meanwhile.
-  static FF_DEVICE void multiply_late(Consumer<M>& c, In& x, const typename Early::X& early_x, Sums& sums, u32 tiles, u32 groups) {
+  static FF_DEVICE void multiply_late(
+      Consumer<M>& c, const In& input, const typename Early::X& early_x, Sums& sums, u32 tiles, u32 groups) {
     using Late = typename ProductOf<M, S, In::kEarlySlices, In::kSlices>::Type;
     constexpr int kAhead = ahead(), kEarlyParts = kAhead ? 0 : early_parts(S::kParts);
     typename Late::X late_x;
@@ -73,8 +75,7 @@ struct CodedLinear {
           add_parts<0, S::kParts, 0, In::kEarlySlices, false>(in_front, tiles, groups, group, Multiplied<Early>{early, early_x});
         push(begun, early.result(c.lane, early_x));
       }
-      x.gather_late();
-      late_x.prepare(x, c.lane);
+      gather_late(c, input, late_x);
     }
     u32 group = 0;
     if constexpr (kAhead > 0) {
@@ -92,14 +93,17 @@ struct CodedLinear {
       Late late;
       const Multiplied<Early> first{early, early_x};
       add_parts<0, kEarlyParts, 0, In::kSlices, true>(c, tiles, groups, group, first);
-      if (kAhead == 0 && group == 0) {
-        x.gather_late();
-        late_x.prepare(x, c.lane);
-      }
+      if (kAhead == 0 && group == 0) gather_late(c, input, late_x);
       add_parts<kEarlyParts, S::kParts, 0, In::kSlices, true>(c, tiles, groups, group, first, Multiplied<Late>{late, late_x});
       early.row = late.row;  // which came with the last part
       hand_over(c, sums, early.result(c.lane, early_x) + late.result(c.lane, late_x), group, groups);
     }
+  }
+  template <class X>
+  static FF_DEVICE void gather_late(const Consumer<M>& c, const In& input, X& late_x) {
+    Operand<S> rest;  // of its own, so that no words stay alive
+    input.gather_late(rest);
+    late_x.prepare(rest, c.lane);
   }
   // How many groups of tiles begin with their early slices alone; 0: tiles are in many parts.
   // NOTE: what all columns of a row have in common comes with the last part.
@@ -123,15 +127,22 @@ struct CodedLinear {
     if constexpr (part < kEnd) {
       constexpr int kSize = part_size(S::kFragments, S::kParts, part), kBegin = part_begin(S::kFragments, S::kParts, part);
       constexpr int from = kFrom > kBegin ? kFrom - kBegin : 0, to = kTo - kBegin < kSize ? kTo - kBegin : kSize;
-      if constexpr (from < to) {
-        Loaded<S, kSize, part + 1 == S::kParts, false, from, to - from> now;
-        load_part<S, kRelease>(c, now, tiles, groups, group);
-        (products.product.template add<kBegin>(now, products.x, c.lane), ...);
-      } else {
-        c.template leave<kRelease>();
-      }
+      if constexpr (from < to) add_slices<part, from, to, true, kRelease>(c, tiles, groups, group, products...);
+      else c.template leave<kRelease>();
       add_parts<part + 1, kEnd, kFrom, kTo, kRelease>(c, tiles, groups, group, products...);
     }
+  }
+  // Slices [from, to) of a part. NOTE: all at once, if their product leaves enough registers.
+  template <int part, int from, int to, bool kFirst, bool kRelease, class... Products>
+  static FF_DEVICE void add_slices(Consumer<M>& c, u32 tiles, u32 groups, u32 group, const Products&... products) {
+    constexpr int kSize = part_size(S::kFragments, S::kParts, part), kBegin = part_begin(S::kFragments, S::kParts, part);
+    constexpr int kCount = Early::kAtOnce < to - from ? Early::kAtOnce : to - from;
+    Loaded<S, kSize, part + 1 == S::kParts, false, from, kCount> now;
+    load_part<S, kFirst, from + kCount == to, kRelease>(c, now, tiles, groups, group);
+    u32 lane = c.lane;
+    if constexpr (Early::X::kLean) asm volatile("" : "+r"(lane));  // what follows from it stays here: hoisted, it would spill
+    (products.product.template add<kBegin>(now, products.x, lane), ...);
+    if constexpr (from + kCount < to) add_slices<part, from + kCount, to, false, kRelease>(c, tiles, groups, group, products...);
   }
   // The last of some values, in the place of the first.
   template <int n>

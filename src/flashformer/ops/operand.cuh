@@ -55,25 +55,25 @@ struct Operand {
   }
 };
 
-// A warp's part of a stage's input: first its early slices, then the late ones, where there are some.
+// How a warp's part of a stage's input is gathered: first its early slices, then the late ones, where there are some.
 template <class M, class S>
-struct Input : Operand<S> {
+struct Input {
   static constexpr bool kLate = S::kLateSlices > 0;
   static constexpr int kSlices = Operand<S>::kSlices, kEarlySlices = kSlices - S::kLateSlices;
   Consumer<M>& c;
-  const u32 step, layer, began = clock32();
+  u32 step, layer, began;
 
   FF_DEVICE Input(Consumer<M>& c, u32 step, u32 layer) : c(c), step(step), layer(layer) {}
-  FF_DEVICE void gather_early() {
+  FF_DEVICE void gather_early(Operand<S>& x) {
+    if constexpr (kLate) began = clock32();
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-    const Looks<M, kLate ? 0 : M::kFirstLook> looks(c.looks_place(S::kWhere));
-    this->template gather<0, kEarlySlices>(c, c.tag(step, layer), looks);
+    x.template gather<0, kEarlySlices>(c, c.tag(step, layer), Looks<M, kLate ? 0 : M::kFirstLook>(c.looks_place(S::kWhere)));
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
   }
-  FF_DEVICE void gather_late() {
+  FF_DEVICE void gather_late(Operand<S>& x) const {
     c.watch.where = S::kLateWhere << 16 | layer;
     if (c.warp == 0) c.mark(0, step, layer, S::kLateWhere, 0);
-    this->template gather<kEarlySlices, kSlices>(c, c.tag(step, layer), Looks<M>(c.looks_place(S::kLateWhere), began));
+    x.template gather<kEarlySlices, kSlices>(c, c.tag(step, layer), Looks<M>(c.looks_place(S::kLateWhere), began));
     if (c.warp == 0) c.mark(0, step, layer, S::kLateWhere, 1);
   }
 };

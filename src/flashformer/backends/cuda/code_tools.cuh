@@ -44,7 +44,7 @@ FF_DEVICE void pack_codes(const CodeJob& j) {
 }
 
 struct NoValues {
-  static constexpr u32 kHigh[2] = {}, kUp[2] = {}, kDown[2] = {};
+  static constexpr u32 kHigh[2] = {}, kLower[1][2] = {}, kUpper[1][2] = {};
   static constexpr float kFactor = 1;
 };
 

@@ -137,7 +137,11 @@ def slot_bytes(plan: Plan) -> int:
 
 
 # How codes lie on the tape and are multiplied: the structs of codes.cuh and integers.cuh, by the numbers that packing kernels know them by.
-LAYOUTS = {"integer4": 0, "integer8": 1, "float8": 2, "table": 3, "signed_table": 3, "half_byte": 4, "byte": 5, "byte_table": 6}
+LAYOUTS = {
+    "integer4": 0, "integer8": 1, "float8": 2, "table": 3, "signed_table": 3, "half_byte": 4, "byte": 5, "byte_table": 6, "digit_table": 6,
+}  # fmt: skip
+DIGIT = 128  # base of the integers that tables are made of
+TABLE_ERROR = 2.0**-11  # most that a value of a table may be off, of itself: as fp16 rounds
 
 SCALES = {
     "exponent": "ExponentScale", "e4m3": "E4m3Scale", "bfloat16": "BfloatScale", "float16": "HalfScale", "float32": "FloatScale",
@@ -152,24 +156,27 @@ def code_layout(format: Format) -> str:
     if format.kind == "int":
         return {4: "half_byte", 8: "byte"}[format.bits] if wide else f"integer{format.bits}"
     values = np.array(format.table, np.float32)
-    if not np.array_equal(np.abs(values[:8]), values[:8]) or not np.array_equal(-values[:8], values[8:]):
-        return "table"
-    multiples = values / least_step(values)
-    if wide and np.array_equal(multiples, np.round(multiples)) and np.abs(multiples).max() < 64:
-        return "byte_table"
+    if wide and all(abs(np.sign(half).sum()) == np.count_nonzero(half) for half in (values[:8], values[8:])) and values.any():
+        step = np.float32(np.abs(values[values != 0]).min())
+        if np.array_equal(values, np.round(values / step) * step) and np.abs(values).max() < DIGIT // 2 * step:
+            return "byte_table"
+        step = digit_step(values)
+        if (np.abs(np.round(values / step) * step - values) <= TABLE_ERROR * np.abs(values)).all():
+            return "digit_table"
     halves = values.astype(np.float16)
-    return "signed_table" if np.array_equal(halves, values) and not (halves.view(np.uint16) & 0xFF).any() else "table"
+    signed = np.array_equal(np.abs(values[:8]), values[:8]) and np.array_equal(-values[:8], values[8:])
+    return "signed_table" if signed and np.array_equal(halves, values) and not (halves.view(np.uint16) & 0xFF).any() else "table"
 
 
-def least_step(values: np.ndarray) -> np.float32:
-    """The smallest magnitude but zero."""
-    return np.float32(np.abs(values[values != 0]).min())
+def digit_step(values: np.ndarray) -> np.float32:
+    """What the largest of some values is the most multiples of that two digits can say."""
+    return np.float32(np.abs(values).max() / (DIGIT**2 - 1))
 
 
 def describe_format(format: Format) -> list[str]:
     """A format of codes as the struct that codes.cuh is instantiated with."""
     layout = code_layout(format)
-    tables = {"table": "FullTable<Values>", "byte_table": "ByteTable<Values>", "signed_table": "SignedTable<Values>"}
+    tables = {name: f"{camel(name)}<Values>" for name in ("byte_table", "digit_table", "signed_table")} | {"table": "FullTable<Values>"}
     code = tables.get(layout, camel(layout))
     lines = ["  struct Format {"]
     if format.kind == "table":
@@ -180,14 +187,18 @@ def describe_format(format: Format) -> list[str]:
         lines.append("    struct Values {")
         if layout == "signed_table":
             parts = {"kHigh": high[:8]}
-        elif layout == "byte_table":
-            step = least_step(values)
-            multiples = np.round(values[:8] / step).astype(np.int8)
-            parts = {"kUp": (64 + multiples).astype(np.uint8), "kDown": (64 - multiples).astype(np.uint8)}
+        elif layout in ("byte_table", "digit_table"):
+            step = digit_step(values) if layout == "digit_table" else np.float32(np.abs(values[values != 0]).min())
+            multiples = np.round(np.abs(values) / step).astype(np.int32).reshape(2, 1, 8)
+            digits = multiples if layout == "byte_table" else np.concatenate([multiples // DIGIT, multiples % DIGIT], axis=1)
+            parts = {**(parts if layout == "digit_table" else {}), **dict(zip(("kLower", "kUpper"), digits.astype(np.uint8), strict=True))}
             lines.append(f"      static constexpr float kFactor = {float(step)!r}f;")
+            signs = [-1 if (half < 0).any() else 1 for half in (values[:8], values[8:])]
+            lines.append(f"      static constexpr int kLowerSign = {signs[0]}, kUpperSign = {signs[1]};")
         for name, part in parts.items():
-            words = ", ".join(f"{word:#010x}u" for word in np.ascontiguousarray(part).view(np.uint32).tolist())
-            lines.append(f"      static constexpr u32 {name}[{len(part) // 4}] = {{{words}}};")
+            words = np.ascontiguousarray(part).view(np.uint32)
+            size, values_of = "".join(f"[{n}]" for n in words.shape), ", ".join(f"{word:#010x}u" for word in words.reshape(-1).tolist())
+            lines.append(f"      static constexpr u32 {name}{size} = {{{values_of}}};")
         lines.append("    };")
     lines += [
         f"    using Code = {code};",

@@ -215,6 +215,7 @@ struct CodedOperand {
   using F = typename S::Format;
   using Code = typename F::Code;
   static constexpr int kSlices = kEnd - kBegin;
+  static constexpr bool kLean = false;  // see IntegerOperand
   static constexpr bool kBiased = Code::kEvenBias != 0, kOffsets = F::kOffset != Offset::kNone;
   static constexpr int kSums = F::kGroup == 16 ? 2 : (kBiased ? 1 : 0) + (kOffsets ? 1 : 0);
   static constexpr int kSumSlices = F::kGroup ? kSlices : 1;  // where all columns have one scale they have one sum, too
@@ -353,6 +354,7 @@ struct CodedProduct {
   using Scale = typename F::Scale;
   using Raw = typename Scale::Raw;
   using X = CodedOperand<M, S, kBegin, kEnd>;
+  static constexpr int kAtOnce = S::kFragments;  // slices that are loaded at a time, at most
 
   float total = 0;
   float set[4][4];  // where all columns have one scale: sums over all slices

@@ -41,10 +41,10 @@ FF_DEVICE uint4 byte_values(u32 even, u32 odd) {
 }
 
 // Codes as A operands of T: `operand` of instruction p, which has columns 32 p to 32 p + 31 of a slice. They are what codes stand for, or
-// what offsets are added to where there are any, divided by Code::kFactor. kTerms: how many operands add up to them.
+// what offsets are added to where there are any, divided by kFactor. kTerms: how many operands add up to them.
 template <class T, class F, class Code = typename F::Code>
 struct CodeValues {  // those that codes.cuh makes fp16 values of
-  static constexpr float kZero = F::kOffset == Offset::kNone ? Code::kZero : 0;
+  static constexpr float kZero = F::kOffset == Offset::kNone ? Code::kZero : 0, kFactor = Code::kFactor;
   static constexpr int kTerms = 1;
   static FF_DEVICE uint4 operand(const uint4* raw, int p, int) {
     const uint4 v = Code::operand(raw, p);
@@ -79,8 +79,11 @@ FF_DEVICE constexpr bool fits_bfloat16() {
 template <class T, class F, class V>
 struct CodeValues<T, F, FullTable<V>> {
   static constexpr int kTerms = T::kIsHalf || fits_bfloat16<V>() ? 1 : 2;
+  static constexpr float kFactor = 1;
   static FF_DEVICE uint4 operand(const uint4* raw, int p, int term) {
-    const uint4 v = FullTable<V>::operand(raw, p);
+    return values(FullTable<V>::operand(raw, p), term);
+  }
+  static FF_DEVICE uint4 values(const uint4& v, int term) {
     return make_uint4(value(v.x, term), value(v.y, term), value(v.z, term), value(v.w, term));
   }
 
@@ -97,24 +100,53 @@ struct CodeValues<T, F, FullTable<V>> {
 template <class T, class F>
 struct CodeValues<T, F, HalfByte> {
   static constexpr int kTerms = 1, kZero = F::kOffset == Offset::kNone ? (int)HalfByte::kZero : 0;
+  static constexpr float kFactor = 1;
   static FF_DEVICE uint4 operand(const uint4* raw, int p, int) {
     const u32 even = word_of(raw[0], p & 1) >> 4 * (p >> 1) & 0x0f0f0f0fu, odd = word_of(raw[0], (p & 1) + 2) >> 4 * (p >> 1) & 0x0f0f0f0fu;
     return byte_values<T, kZero>(even, odd);
   }
 };
 
+// Small multiples, as bytes that are 64 more.
 template <class T, class F, class V>
-struct CodeValues<T, F, ByteTable<V>> {
-  static constexpr int kTerms = 1, kZero = (int)ByteTable<V>::kBias;
+struct CodeValues<T, F, ByteTable<V, 1>> {
+  static constexpr int kTerms = 1, kZero = 64;
+  static constexpr float kFactor = V::kFactor;
   static FF_DEVICE uint4 operand(const uint4* raw, int p, int) {
-    const uint4 bytes = ByteTable<V>::operand(raw, p >> 1);
-    return byte_values<T, kZero>(word_of(bytes, p & 1), word_of(bytes, (p & 1) + 2));
+    return byte_values<T, kZero>(bytes(word_of(raw[0], p >> 1 << 1) >> 16 * (p & 1)), bytes(word_of(raw[0], (p >> 1 << 1) + 1) >> 16 * (p & 1)));
+  }
+
+ private:
+  static FF_DEVICE constexpr u32 shifted(u32 multiples, int sign) { return sign > 0 ? 0x40404040u + multiples : 0x40404040u - multiples; }
+  static FF_DEVICE u32 bytes(u32 codes) {
+    return permute(shifted(V::kLower[0][0], V::kLowerSign), shifted(V::kLower[0][1], V::kLowerSign), codes) |
+           permute(shifted(V::kUpper[0][0], V::kUpperSign), shifted(V::kUpper[0][1], V::kUpperSign), codes ^ 0x8888u);
+  }
+};
+
+// Others, as fp16.
+template <class T, class F, class V>
+struct CodeValues<T, F, ByteTable<V, 2>> {
+  static constexpr int kTerms = CodeValues<T, F, FullTable<V>>::kTerms;
+  static constexpr float kFactor = 1;
+  static FF_DEVICE uint4 operand(const uint4* raw, int p, int term) {
+    const uint2 even = look_up(word_of(raw[0], p >> 1 << 1) >> 16 * (p & 1)), odd = look_up(word_of(raw[0], (p >> 1 << 1) + 1) >> 16 * (p & 1));
+    return CodeValues<T, F, FullTable<V>>::values(make_uint4(even.x, odd.x, even.y, odd.y), term);
+  }
+
+ private:
+  static FF_DEVICE uint2 look_up(u32 codes) {
+    const u32 sevens = permute(0x80808080u, 0x80808080u, codes) ^ 0x80808080u;  // 127 for each of the upper eight
+    const u32 mask = sevens | sevens << 1, low = codes & 0x7777u;
+    const u32 l = FullTable<V>::bytes(V::kLow, low, mask), h = FullTable<V>::bytes(V::kHigh, low, mask);
+    return make_uint2(permute(l, h, 0x5140), permute(l, h, 0x7362));
   }
 };
 
 template <class T, class F>
 struct CodeValues<T, F, Byte> {
   static constexpr int kTerms = 1;
+  static constexpr float kFactor = 1;
   static FF_DEVICE uint4 operand(const uint4* raw, int p, int) {
     const u32 even = word_of(raw[p >> 1], p & 1), odd = word_of(raw[p >> 1], (p & 1) + 2);
     return make_uint4(value(even, 0x4140), value(odd, 0x4140), value(even, 0x4342), value(odd, 0x4342));
@@ -186,7 +218,7 @@ struct CodedColumns {
 #pragma unroll
     for (int j = 0; j < kGroups; j++) {
       const float sum = kRow ? scaled(0, total[j], plain[j], row.scale, row.offset) : total[j];
-      sums[j] = row.divided(sum * F::Code::kFactor);
+      sums[j] = row.divided(sum * Values::kFactor);
     }
   }
 

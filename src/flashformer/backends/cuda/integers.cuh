@@ -22,25 +22,36 @@ FF_DEVICE void mma_bytes(int (&d)[4], const uint4& a, u32 b0, u32 b1) {
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// ---- codes: `operand` of instruction f, kUpperFactor: what the sums of the second instruction are too large by ----
+// ---- codes: kDigits digits to the base of 128, of each kOperands operands (of instruction f), whose sums `sum` makes one of ----
+//
+// kUpperFactor: what the sums of the second instruction are too large by.
+
+// Of a lane's first step or its second: the sums with the halves of x, 256 high + low.
+FF_DEVICE int both_halves(const int (&set)[4], bool odd) { return (odd ? set[2] : set[0]) * 256 + (odd ? set[3] : set[1]); }
+
+struct OneOperand {
+  static constexpr bool kInteger = true;
+  static constexpr int kDigits = 1, kOperands = 1;
+  static FF_DEVICE int sum(const int (&sets)[1][4], bool odd) { return both_halves(sets[0], odd); }
+};
 
 FF_DEVICE constexpr int step_column(int instruction, int a, int i) { return (2 * instruction + (a & 1)) * 32 + (a >> 1) * 16 + i; }
 
 // -128 to 127: bytes as they are.
-struct Byte {
-  static constexpr bool kInteger = true, kSigned = true;
+struct Byte : OneOperand {
+  static constexpr bool kSigned = true;
   static constexpr int kBits = 8;
-  static constexpr float kFactor = 1, kUpperFactor = 1, kZero = 0, kBias = 0;
+  static constexpr float kFactor = 1, kUpperFactor = 1, kZero = 0;
   static FF_DEVICE int column(int load, int r, int i) { return step_column(load, r, i); }
   static FF_DEVICE u32 place(const u8* codes) { return codes[0] | codes[1] << 8 | codes[2] << 16 | (u32)codes[3] << 24; }
-  static FF_DEVICE uint4 operand(const uint4* raw, int f) { return raw[f]; }
+  static FF_DEVICE uint4 operand(const uint4* raw, int f, int, int) { return raw[f]; }
 };
 
 // 0 to 15: the low halves of bytes are the first instruction's, the high halves the second's, which multiplies 16 times the code.
-struct HalfByte {
-  static constexpr bool kInteger = true, kSigned = false;
+struct HalfByte : OneOperand {
+  static constexpr bool kSigned = false;
   static constexpr int kBits = 4;
-  static constexpr float kFactor = 1, kUpperFactor = 16, kZero = 8, kBias = 0;
+  static constexpr float kFactor = 1, kUpperFactor = 16, kZero = 8;
   static FF_DEVICE int column(int, int r, int i) { return step_column(i >> 2, r, i & 3); }
   static FF_DEVICE u32 place(const u8* codes) {
     u32 word = 0;
@@ -48,20 +59,21 @@ struct HalfByte {
     for (int i = 0; i < 8; i++) word |= (u32)(codes[i] & 15) << (8 * (i & 3) + 4 * (i >> 2));
     return word;
   }
-  static FF_DEVICE uint4 operand(const uint4* raw, int f) {
+  static FF_DEVICE uint4 operand(const uint4* raw, int f, int, int) {
     const u32 mask = f ? 0xf0f0f0f0u : 0x0f0f0f0fu;
     return make_uint4(raw[0].x & mask, raw[0].y & mask, raw[0].z & mask, raw[0].w & mask);
   }
 };
 
-// Numbers of 16 values that are small multiples of kFactor, the upper eight the lower eight with a minus: fp4 (e2m1). V has kUp and kDown: 64 plus
-// and 64 minus the eight multiples, in bytes. A selector with its high bit set repeats the sign of a byte, which is 0 of all these: what
-// one table does not know adds nothing to what the other knows.
-template <class V>
+// Numbers of 16 values, of which the lower eight have one sign and the upper eight one: integers times kFactor. V has the digits of the lower
+// eight in bytes, kLower, the highest first, those of the upper eight, and the signs. A selector with its high bit set repeats the sign of a
+// byte, which is 0 of all these: what one table does not know adds nothing to what the other knows.
+// NOTE: to join what comes of the two tables would cost as many instructions again as matrix instructions are spared by it.
+template <class V, int digits = 1>
 struct ByteTable {
   static constexpr bool kInteger = true, kSigned = false;
-  static constexpr int kBits = 4;
-  static constexpr float kFactor = V::kFactor, kUpperFactor = 1, kZero = 0, kBias = 64;
+  static constexpr int kBits = 4, kDigits = digits, kOperands = 2;
+  static constexpr float kFactor = V::kFactor, kUpperFactor = 1, kZero = 0;
   static FF_DEVICE int column(int, int r, int i) { return step_column(r >> 1, 2 * (r & 1) + (i >> 2), i & 3); }
   static FF_DEVICE u32 place(const u8* codes) {
     u32 word = 0;
@@ -69,15 +81,20 @@ struct ByteTable {
     for (int i = 0; i < 8; i++) word |= (u32)(codes[i] & 15) << (4 * i);
     return word;
   }
-  static FF_DEVICE uint4 operand(const uint4* raw, int f) {
-    const u32 a = f ? raw[0].z : raw[0].x, b = f ? raw[0].w : raw[0].y;
-    const u32 na = a ^ 0x88888888u, nb = b ^ 0x88888888u;
-    return make_uint4(value(a, na), value(a >> 16, na >> 16), value(b, nb), value(b >> 16, nb >> 16));
+  static FF_DEVICE uint4 operand(const uint4* raw, int f, int digit, int upper) {
+    const u32 flip = upper ? 0x88888888u : 0, a = (f ? raw[0].z : raw[0].x) ^ flip, b = (f ? raw[0].w : raw[0].y) ^ flip;
+    const u32(&of)[2] = upper ? V::kUpper[digit] : V::kLower[digit];
+    return make_uint4(permute(of[0], of[1], a), permute(of[0], of[1], a >> 16), permute(of[0], of[1], b), permute(of[0], of[1], b >> 16));
   }
-
- private:
-  static FF_DEVICE u32 value(u32 up, u32 down) { return permute(V::kUp[0], V::kUp[1], up) | permute(V::kDown[0], V::kDown[1], down); }
+  static FF_DEVICE int sum(const int (&sets)[2][4], bool odd) {
+    int all[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) all[i] = V::kLowerSign * sets[0][i] + V::kUpperSign * sets[1][i];
+    return both_halves(all, odd);
+  }
 };
+template <class V>
+using DigitTable = ByteTable<V, 2>;
 
 // ---- the product ----
 
@@ -90,10 +107,11 @@ struct IntegerOperand {
   using T = typename M::Value;
   static constexpr int kSlices = kEnd - kBegin;
   static constexpr bool kOffsets = F::kOffset != Offset::kNone;
-  static constexpr float kZero = Code::kBias + (kOffsets ? 0 : Code::kZero);  // what is to be taken from all codes
+  static constexpr float kZero = kOffsets ? 0 : Code::kZero;  // what is to be taken from all codes
   static constexpr int kSums = (kZero != 0 ? 1 : 0) + (kOffsets ? 1 : 0);
   static constexpr int kSumSlices = F::kGroup ? kSlices : 1;
-  u32 x[kSlices][2][2];  // [instruction][register]
+  static constexpr bool kLean = S::kFragments > (Code::kDigits > 1 ? 12 : 16);  // of many columns: zeros would take too many registers
+  u32 x[kSlices][kLean ? 1 : 2][2];                                            // [instruction][register]
   float sum[kSumSlices][kSums ? kSums : 1];  // of a lane's step: what kZero adds to a product, then the plain sum
   float factor;          // of this lane's results
 
@@ -129,11 +147,21 @@ struct IntegerOperand {
         if constexpr (kZero != 0) to[0] += kZero * all;
         if constexpr (kOffsets) to[kSums - 1] += all;
       }
-      x[i][0][0] = upper ? 0 : b0;
-      x[i][0][1] = upper ? 0 : b1;
-      x[i][1][0] = upper ? b0 : 0;
-      x[i][1][1] = upper ? b1 : 0;
+      if constexpr (kLean) {
+        x[i][0][0] = b0;
+        x[i][0][1] = b1;
+      } else {
+        x[i][0][0] = upper ? 0 : b0;
+        x[i][0][1] = upper ? 0 : b1;
+        x[i][1][0] = upper ? b0 : 0;
+        x[i][1][1] = upper ? b1 : 0;
+      }
     }
+  }
+  // Register r of the operand of instruction f.
+  FF_DEVICE u32 operand(int slice, int f, int r, u32 lane) const {
+    if constexpr (kLean) return (lane >> 4) == f ? x[slice][0][r] : 0;
+    else return x[slice][f][r];
   }
 
  private:
@@ -151,9 +179,11 @@ struct IntegerProduct {
   using Scale = typename F::Scale;
   using Raw = typename Scale::Raw;
   using X = IntegerOperand<M, S, kBegin, kEnd>;
+  using Sets = int[Code::kOperands][4];
+  static constexpr int kAtOnce = Code::kDigits > 1 ? 2 : S::kFragments;  // slices that are loaded at a time, at most
 
   float total = 0;
-  int set[4] = {};  // where all columns have one scale: over all slices
+  Sets sets[F::kGroup ? 1 : Code::kDigits] = {};  // where all columns have one scale: over all slices
   WholeRow<S> row;
 
   // Add the product of what was loaded of a part whose first slice is `kFirst`.
@@ -164,25 +194,41 @@ struct IntegerProduct {
     for (int i = 0; i < Part::kSlices; i++) {
       const int slice = first + i;
       if (slice < 0 || slice >= X::kSlices) continue;  // another's
-      if constexpr (F::kGroup != 0) set[0] = set[1] = set[2] = set[3] = 0;
+      float sum = 0;
 #pragma unroll
-      for (int f = 0; f < 2; f++) mma_bytes<Code::kSigned>(set, Code::operand(part.raw[i], f), x.x[slice][f][0], x.x[slice][f][1]);
-      if constexpr (F::kGroup != 0) total = scaled(lane, x.sum[slice], part.scale[i][0], part.offset[i][0]);
+      for (int digit = 0; digit < Code::kDigits; digit++) {
+        Sets& of = sets[F::kGroup ? 0 : digit];
+        if constexpr (F::kGroup != 0) clear(of);
+#pragma unroll
+        for (int f = 0; f < 2; f++)
+#pragma unroll
+          for (int k = 0; k < Code::kOperands; k++)
+            mma_bytes<Code::kSigned>(of[k], Code::operand(part.raw[i], f, digit, k), x.operand(slice, f, 0, lane), x.operand(slice, f, 1, lane));
+        if constexpr (F::kGroup != 0) sum = sum * 128 + (float)Code::sum(of, lane & 1);
+      }
+      if constexpr (F::kGroup != 0) total = scaled(sum, x.sum[slice], part.scale[i][0], part.offset[i][0]);
     }
     row.take(part);
   }
 
   FF_DEVICE float result(u32 lane, const X& x) {
-    if constexpr (F::kGroup == 0) total = scaled(lane, x.sum[0], row.scale, row.offset);
+    if constexpr (F::kGroup == 0) {
+      float sum = 0;
+#pragma unroll
+      for (int digit = 0; digit < Code::kDigits; digit++) sum = sum * 128 + (float)Code::sum(sets[digit], lane & 1);
+      total = scaled(sum, x.sum[0], row.scale, row.offset);
+    }
     return row.divided(total * x.factor);
   }
 
  private:
   static constexpr int kSums = X::kSums ? X::kSums : 1;
+  static FF_DEVICE void clear(Sets& of) {
+#pragma unroll
+    for (int k = 0; k < Code::kOperands; k++) of[k][0] = of[k][1] = of[k][2] = of[k][3] = 0;
+  }
   // total + scale (sum of code * x - zero * plain) + minimum * plain.
-  FF_DEVICE float scaled(u32 lane, const float (&sums)[kSums], Raw scale, Raw offset) const {
-    const bool odd = lane & 1;
-    float sum = (float)((odd ? set[2] : set[0]) * 256 + (odd ? set[3] : set[1]));
+  FF_DEVICE float scaled(float sum, const float (&sums)[kSums], Raw scale, Raw offset) const {
     const float plain = sums[kSums - 1];
     if constexpr (X::kZero != 0) sum -= sums[0];
     if constexpr (F::kOffset == Offset::kZero) sum -= Scale::value(offset) * plain;
