@@ -11,9 +11,11 @@ and after the others. --baseline measures torch.compile with so many sequences, 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -23,12 +25,46 @@ from flashformer.backends.cuda import RandomWeights, load
 from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.bench import check_kernel, plan_for_gpu
 from flashformer.formats import NAMED
-from flashformer.records import commit, driver_version, results_file
+from flashformer.records import Kept, commit, driver_version, results_file, save
 from flashformer.shapes import shape
 
 RESULTS = Path(__file__).parent / "results"
 SHORT, LONG = 16, 80  # passes of a launch
 
+
+@dataclass
+class Pass(Kept):
+    """A kernel's pass with one load of its columns."""
+
+    model: str
+    weights: str
+    columns: int  # of the kernel; 0: it is not ours
+    context: int
+    load: str  # what the columns carry, or whose the kernel is
+    repeats: int
+    ms: dict[str, float]  # min, median, max
+    ratio: float  # of the medians: to a pass of the kernel that was measured first in the same process
+    host_us: float | None  # processor time of the host for each token, where one sequence makes them
+    checked: dict[str, float] | None  # the kernel against the reference; None: not checked
+    gpu: str
+    driver: str
+    date: str
+    commit: str
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See `Kept`."""
+        return self.gpu, self.model, self.weights, self.columns, self.context, self.load
+
+
+@dataclass
+class Times:
+    """What one kernel took: milliseconds of a pass, by load."""
+
+    columns: int
+    by_load: dict[str, list[float]]
+    host_us: float | None = None
+    checked: dict[str, float] | None = None
 
 
 def pass_ms(runner: CudaRunner, sequences: int, context: int) -> float:
@@ -46,49 +82,67 @@ def prompt_ms(runner: CudaRunner, context: int) -> float:
     return (long - short) / (LONG - SHORT) * 1e3
 
 
-def measure(model: str, weights: str, columns: int, context: int, repeats: int, checked: bool) -> list[dict[str, object]]:
-    """Records of one kernel: of each number of sequences, and of prompts."""
+def host_us(runner: CudaRunner, context: int) -> float:
+    """Microseconds of the host's processor for each token of a launch, as a user gets them."""
+    began, count = time.process_time(), 4 * LONG
+    made = sum(1 for _ in runner.run([Turn(0, [1], context, count)]))
+    return (time.process_time() - began) / made * 1e6
+
+
+def measure(model: str, weights: str, columns: int, context: int, repeats: int, checked: bool) -> tuple[Times, str]:
+    """One kernel with each number of sequences, and with prompts; the GPU's name."""
     config = shape(model)
     drawn = RandomWeights(config, format=NAMED[weights])
-    positions = context + LONG * columns + 1
+    positions = context + LONG * max(columns, 4) + 1
     runner = load(plan_for_gpu(config, positions, drawn.formats, columns=columns, slots=columns), drawn)
     try:
         quality = check_kernel(runner, drawn) if checked else None
         runner.fill_kv()
-        numbers = [n for n in (1, 2, 4, 8, 16) if n <= columns]
-        kinds: dict[str, list[float]] = {}
+        found = Times(columns, {}, checked=quality)
         for _ in range(repeats + 1):
-            for n in numbers:
-                kinds.setdefault(f"{n} sequences", []).append(pass_ms(runner, n, context))
+            for n in (n for n in (1, 2, 4, 8, 16) if n <= columns):
+                found.by_load.setdefault(f"{n} sequences", []).append(pass_ms(runner, n, context))
             if columns > 1:
-                kinds.setdefault("prompt", []).append(prompt_ms(runner, context))
-        return [
-            {
-                "model": model, "weights": weights, "columns": columns, "context": context, "pass": kind, "repeats": repeats,
-                "ms": {"min": min(times[1:]), "median": statistics.median(times[1:]), "max": max(times[1:])},
-                "checked": quality, "gpu": runner.info.name,
-            }
-            for kind, times in kinds.items()
-        ]  # fmt: skip
+                found.by_load.setdefault("prompt", []).append(prompt_ms(runner, context))
+        found.by_load = {load: times[1:] for load, times in found.by_load.items()}  # the first warms up
+        found.host_us = host_us(runner, context)
+        return found, runner.info.name
     finally:
         runner.close()
 
 
-def baseline(model: str, sequences: int, context: int, repeats: int) -> dict[str, object]:
-    """A record of torch.compile."""
+def baseline(model: str, sequences: int, context: int, repeats: int) -> tuple[Times, str]:
+    """torch.compile with so many sequences."""
     import torch
     from baselines import torch_compile
 
     ((_, ms),) = torch_compile.measure(shape(model), [context], LONG, repeats, sequences=sequences)
-    name = f"torch.compile {torch.__version__}, {sequences} sequences"
-    return {
-        "model": model, "weights": "bf16", "columns": None, "context": context, "pass": name, "repeats": repeats, "ms": {"median": ms},
-        "checked": None, "gpu": torch.cuda.get_device_name(),
-    }  # fmt: skip
+    return Times(0, {f"torch.compile {torch.__version__}, {sequences} sequences": [ms]}), torch.cuda.get_device_name()
+
+
+def measured(model: str, weights: str, options: argparse.Namespace) -> Iterator[tuple[Times, str]]:
+    """Each kernel's times, as they are there."""
+    for columns in map(int, options.columns.split(",")):
+        yield measure(model, weights, columns, options.context, options.repeats, not options.no_check)
+    if options.baseline and weights == "bf16":
+        yield baseline(model, options.baseline, options.context, options.repeats)
+
+
+def records(found: Times, base: float, about: Sequence[object], where: dict[str, str]) -> list[Pass]:
+    """What is kept of one kernel; `base`: milliseconds that others are compared with; `about`: model, weights, context, repeats."""
+    model, weights, context, repeats = about
+    return [
+        Pass(
+            model, weights, found.columns, context, load, repeats,  # type: ignore[arg-type]
+            {"min": min(ms), "median": statistics.median(ms), "max": max(ms)}, statistics.median(ms) / base,
+            found.host_us if load == "1 sequences" else None, found.checked, **where,
+        )
+        for load, ms in found.by_load.items()
+    ]  # fmt: skip
 
 
 def main() -> None:
-    """Measure, print, and write the file of this GPU."""
+    """Measure, print, and merge into the file of this GPU as it goes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="llama-3.1-8b")
     parser.add_argument("--weights", default="bf16")
@@ -100,33 +154,21 @@ def main() -> None:
     parser.add_argument("--commit", help="commit of this tree, where git is not at hand")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    records: list[dict[str, object]] = []
-
-    def keep(record: dict[str, object], base: float | None) -> float:
-        """Print it beside the first one's milliseconds, and return those."""
-        records.append(record)
-        ms = record["ms"]
-        assert isinstance(ms, dict)
-        base = ms["median"] if base is None else base
-        name = f"{record['model']} {record['weights']}, {record['columns'] or ''} columns, {record['pass']}"
-        print(f"{name:60} {ms['median']:8.4f} ms a pass, {ms['median'] / base:.3f}x", flush=True)
-        return base
-
+    where = {"driver": driver_version(), "date": date.today().isoformat(), "commit": options.commit or commit()}
     try:
         for model in options.models.split(","):
             for weights in options.weights.split(","):
-                base: float | None = None
-                for columns in map(int, options.columns.split(",")):
-                    for record in measure(model, weights, columns, options.context, options.repeats, not options.no_check):
-                        base = keep(record, base)
-                if options.baseline and weights == "bf16":
-                    keep(baseline(model, options.baseline, options.context, options.repeats), base)
+                base = 0.0
+                for found, gpu in measured(model, weights, options):
+                    base = base or statistics.median(next(iter(found.by_load.values())))
+                    kept = records(found, base, (model, weights, options.context, options.repeats), {"gpu": gpu, **where})
+                    save(kept, results_file(options.results, gpu, "columns"))
+                    for r in kept:
+                        host = f", {r.host_us:.1f} us of the host a token" if r.host_us is not None else ""
+                        name = f"{model} {weights}, {r.columns or 'not our'} columns, {r.load}"
+                        print(f"{name:60} {r.ms['median']:8.4f} ms a pass, {r.ratio:.3f}x{host}", flush=True)
     except FlashFormerError as error:
         sys.exit(f"error: {error}")
-    where = {"driver": driver_version(), "date": date.today().isoformat(), "commit": options.commit or commit()}
-    path = results_file(options.results, str(records[0]["gpu"]), "columns")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([{**record, **where} for record in records], indent=1) + "\n")
 
 
 if __name__ == "__main__":

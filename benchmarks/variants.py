@@ -115,7 +115,8 @@ def measure(model: str, variants: dict[str, Any], context: int, tokens: int, rep
         for name, variant in variants.items():
             kernel = building[name].result()
             present = changed(plan, variant)
-            with runner.instead(runner.ready(kernel, present), present), parameters(runner, place(runner, present)):
+            function, given = runner.ready(kernel, present), place(runner, present)
+            with runner.instead(function, present), parameters(runner, given):
                 times = [runner.time_generate(context, tokens) / tokens * 1e3 for _ in range(repeats + 1)][1:]
             made = [int(word) & 0xFFFFFFFF for word in runner.tokens[:tokens]]
             expected = expected or made

@@ -75,5 +75,6 @@ struct Input {
     if (c.warp == 0) c.mark(0, step, layer, S::kLateWhere, 0);
     x.template gather<kEarlySlices, kSlices>(c, c.tag(step, layer), Looks<M>(c.looks_place(S::kLateWhere), began));
     if (c.warp == 0) c.mark(0, step, layer, S::kLateWhere, 1);
+    c.watch.where = S::kWhere << 16 | layer;
   }
 };

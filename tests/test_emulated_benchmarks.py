@@ -1,0 +1,77 @@
+"""The scripts that measure on a GPU, on an emulated one: figures mean nothing there, but no minute of a real one is lost to a mistake."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import columns
+import pytest
+import sampling
+import variants
+
+from emulated_gpu import compile_source, emulated_gpu
+from flashformer.backends.cuda import CudaRunner
+from flashformer.backends.cuda.codegen import generate
+from flashformer.config import ModelConfig
+from flashformer.plan import Plan
+from flashformer.records import load_records
+
+MODEL = ModelConfig(
+    architecture="LlamaForCausalLM", hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=2048,
+    vocab_size=300, norm_eps=1e-5, rope_theta=1e4, max_positions=512,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated_gpu(monkeypatch, workers=3)
+    monkeypatch.setattr(CudaRunner, "read_bandwidth", lambda runner: 1000.0)
+    for script in (columns, sampling, variants):
+        monkeypatch.setattr(script, "shape", lambda name: MODEL)
+    for script, short, long in ((columns, 2, 6), (sampling, 1, 2)):
+        monkeypatch.setattr(script, "SHORT", short)
+        monkeypatch.setattr(script, "LONG", long)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A script's `main` with arguments."""
+
+    def call(main: Callable[[], None], *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+        main()
+
+    return call
+
+
+def test_columns(called: Callable[..., None], tmp_path: Path) -> None:
+    for widths in ("1,2", "2"):
+        called(columns.main, *f"--models x --columns {widths} --context 8 --repeats 1 --commit abc --results {tmp_path}".split())
+    (file,) = tmp_path.iterdir()
+    found = load_records(file, columns.Pass)
+    assert [(r.columns, r.load) for r in found] == [(1, "1 sequences"), (2, "1 sequences"), (2, "2 sequences"), (2, "prompt")]
+    assert all(r.checked and r.ms["min"] <= r.ms["median"] and (r.host_us is None) == (r.load != "1 sequences") for r in found)
+    assert [r.ratio for r in found[:2]] == [1.0, 1.0]  # the second one was measured anew, without the others
+
+
+def test_variants(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the tiles of a variant have other owners than those of the model in memory."""
+
+    def build(plan: Plan, patches: list[list[str]]) -> object:
+        return compile_source(generate(plan).text, plan.target)
+
+    monkeypatch.setattr(variants, "build", build)
+    monkeypatch.setattr(variants, "ProcessPoolExecutor", lambda: ThreadPoolExecutor(1))
+    every = {"base": {}, "late": {"target": {"late_bytes": 1}, "wrong": True}, "one copy": {"target": {"exchange_copies": 1}}}
+    variants.measure("x", every, 8, 4, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["x", "base", "late", "one"]
+    assert [line.strip().endswith("same tokens") for line in lines] == [False, True, False, True]
+
+
+def test_sampling(called: Callable[..., None], tmp_path: Path) -> None:
+    called(sampling.main, *f"--context 8 --repeats 1 --commit abc --results {tmp_path}".split())
+    assert len(list(tmp_path.iterdir())) == 1
