@@ -15,6 +15,7 @@ from flashformer.check import compare, sample_tokens
 from flashformer.checkpoint import open_checkpoint
 from flashformer.formats import choose
 from flashformer.models import build_graph
+from flashformer.plan import KvType
 from model_files import make_config, write_folder
 from quant_models import FORMS, QuantizedCheckpoint
 from running import assert_near, run_checkpoint
@@ -71,3 +72,34 @@ def test_stages_begin_early(name: str, tmp_path: Path, monkeypatch: pytest.Monke
             assert_near(compare(found, reference.logits(tokens)), 2e-2)
             for device.seed in (50, 60):
                 assert np.array_equal(runner.logits(tokens[-3:], POSITIONS - 3), found[-3:])
+
+
+def heads(queries: int, keys: int, size: int, **others: Any) -> dict[str, Any]:
+    """A model with such heads."""
+    return {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": size, **others}
+
+
+HEADS: dict[str, tuple[dict[str, Any], KvType, int, int]] = {  # a model, its cache, workers, positions
+    "norms of heads, int8": (heads(6, 2, 24, architecture="Qwen3ForCausalLM", hidden_size=56), "int8", 5, 40),
+    "a group that is split": (heads(18, 1, 16), "native", 3, 40),
+    "wide heads, fp8": (heads(2, 1, 256), "fp8", 2, 24),
+    "every warp has blocks": (heads(4, 2, 32, num_hidden_layers=1), "native", 2, 200),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_attention_begins_with_the_queries(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as where a token's own keys and values come at the same time."""
+    shape, kv_type, workers, positions = HEADS[name]
+    device = emulated_gpu(monkeypatch, workers=workers)
+    write_folder(tmp_path, make_config(**{"vocab_size": 203, "intermediate_size": 96, **shape}))
+    found = []
+    with open_checkpoint(tmp_path) as checkpoint:
+        tokens = sample_tokens(checkpoint.config, positions, seed=4)
+        for late_bytes in (0, 1):
+            target = replace(device.target, late_bytes=late_bytes)
+            with run_checkpoint(checkpoint, load_runner, target, positions, workers, {}, kv_type) as (runner, reference):
+                assert [s.name for s in runner.plan.layer_stages(0) if s.early] == ["qkv"] * late_bytes
+                found.append(runner.logits(tokens, 0))
+        assert_near(compare(found[0], reference.logits(tokens)), 3e-2)
+    assert np.array_equal(*found)

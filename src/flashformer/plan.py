@@ -322,6 +322,13 @@ def hand_on_early(stages: Sequence[Stage], target: Target) -> tuple[Stage, ...]:
         for i, s in writers:
             shares = spread_late(s.count, g.warps_columns * (period - early))
             found[i] = replace(found[i], early=Early(period, early, tuple(c - n for c, n in zip(s.count, shares, strict=True))))
+    if target.late_bytes:
+        # Attention begins with the queries: this token's own keys and values meet them at the end.
+        for i, s, spec, _ in linear:
+            if spec.epilogue == "store":
+                queries = spec.blocks[0].padded // target.tile_rows
+                shares = spread_late(s.count, s.tiles - queries)
+                found[i] = replace(found[i], early=Early(s.tiles, queries, tuple(c - n for c, n in zip(s.count, shares, strict=True))))
     return tuple(found)
 
 

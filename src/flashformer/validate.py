@@ -27,7 +27,7 @@ from .formats import PLAIN
 from .fuse import LinearSpec
 from .geometry import SCALE_ROOM, SLICE, Geometry, ceil_div, round_up
 from .plan import BLOCK_POSITIONS, COLUMN_HEADS, COPY_UNIT, HEAD_MULTIPLE, KV_TYPES, Plan, Stage
-from .tape import block_rows, lay_tapes
+from .tape import block_rows, lay_tapes, tile_order
 from .validate_tape import chunk_bytes, validate_tape, where
 
 # The stages as the kernels walk them: (name, kind, what a linear stage does with its result).
@@ -367,7 +367,8 @@ def _padding_owned_by_awaited(plan: Plan) -> None:
         real = np.zeros(s.tiles, bool)
         for number in range(len(spec.blocks)):
             real[block_rows(s, number) // rows] = True
-        owner = np.repeat(np.arange(len(s.count)), s.count)
+        owner = np.empty(s.tiles, np.int64)
+        owner[tile_order(s)] = np.repeat(np.arange(len(s.count)), s.count)
         late = owner[~real & (np.array(plan.stages[0].count)[owner] == 0)]
         if len(late):
             raise PlanError(f"{where(s)}: worker {late[0]} owns a tile of padding and no part of the residual: nobody waits for it")

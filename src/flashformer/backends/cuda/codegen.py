@@ -331,7 +331,9 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     names = (STREAM, *(s.name for s in (embed, *body, head)), "token", *map(late_name, late))
     # Tile ranges, and behind each that of the early ones, where there are some: the residual's, combine's, two of each layer, the head's.
     own_words = 2 if embed.early else 1
-    layer_words = 2 + sum(s.early is not None for s in body if s.name == "gate_up")
+    qkv, gate_up = (next(s for s in body if s.name == name) for name in ("qkv", "gate_up"))
+    qkv_words = 2 if qkv.early else 1
+    layer_words = qkv_words + (2 if gate_up.early else 1)
     words = own_words + 1 + layer_words * c.num_layers + 1
     slot, several = slot_bytes(plan), plan.columns > 1
     for stage in plan.stages:
@@ -452,6 +454,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
             facts.append(("u32", "kEarlyTiles", stage.early.tiles if stage.early else 0))
         if stage.early:
             facts.append(("u32", "kPeriod", stage.early.period))
+        if stage.kind == "attention":
+            facts.append(("bool", "kOwnLater", qkv.early is not None))
         if stage.kind == "embed":
             facts.append(("int", "kGamma", vectors.embed_gamma))
         if stage.publish_gamma:
@@ -472,7 +476,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append("namespace stage {")
     describe(embed)
     first = own_words + 1
-    tile_words = {"qkv": f"{first} + {layer_words} * layer", "gate_up": f"{first + 1} + {layer_words} * layer"}
+    tile_words = {"qkv": f"{first} + {layer_words} * layer", "gate_up": f"{first + qkv_words} + {layer_words} * layer"}
     for stage in body:
         describe(stage, tile_words.get(stage.name, "0"))
     describe(head, "Model::kHeadTiles")
