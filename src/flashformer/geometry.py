@@ -150,9 +150,9 @@ def choose_late_slices(target: Target, readers: Sequence[Geometry], columns: int
     As few as take `target.late_bytes` to make, at most half of them; 0 where the readers do not cut the columns alike.
     """
     warps = {(g.warps_columns, g.warp_columns) for g in readers}
-    if len(warps) > 1 or not target.late_bytes or any(g.columns != columns or g.warp_columns % SLICE for g in readers):
+    if len(warps) > 1 or any(g.columns != columns or g.warp_columns % SLICE for g in readers):
         return 0
-    return min(ceil_div(target.late_bytes, int(nbytes)), readers[0].warp_columns // SLICE // 2)
+    return min(ceil_div(target.late_bytes, max(int(nbytes), 1)), readers[0].warp_columns // SLICE // 2)
 
 
 def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[Format]) -> float:

@@ -297,10 +297,13 @@ def make_plan(
 
 
 def hand_on_early(stages: Sequence[Stage], target: Target) -> tuple[Stage, ...]:
-    """The same stages with early tiles and late slices: in the residual, and in what a swiglu hands on, where their readers allow it.
+    """The same stages with early tiles, if the target has them, and readers with late slices.
 
-    NOTE: the head waits for all of the residual; it is long, and may be cut otherwise.
+    Late are the last slices of the residual and of what a swiglu hands on, where those that read it allow that, and keys and values behind
+    queries. NOTE: the head waits for all of the residual; it is long, and may be cut otherwise.
     """
+    if not target.late_bytes:
+        return tuple(stages)
     found = list(stages)
     linear = [(i, s, s.linear, s.geometry) for i, s in enumerate(stages) if s.linear and s.geometry and s.layer >= 0]
     for epilogue, values in (("residual", target.tile_rows), ("swiglu", target.tile_rows // 2)):
@@ -322,13 +325,11 @@ def hand_on_early(stages: Sequence[Stage], target: Target) -> tuple[Stage, ...]:
         for i, s in writers:
             shares = spread_late(s.count, g.warps_columns * (period - early))
             found[i] = replace(found[i], early=Early(period, early, tuple(c - n for c, n in zip(s.count, shares, strict=True))))
-    if target.late_bytes:
-        # Attention begins with the queries: this token's own keys and values meet them at the end.
-        for i, s, spec, _ in linear:
-            if spec.epilogue == "store":
-                queries = spec.blocks[0].padded // target.tile_rows
-                shares = spread_late(s.count, s.tiles - queries)
-                found[i] = replace(found[i], early=Early(s.tiles, queries, tuple(c - n for c, n in zip(s.count, shares, strict=True))))
+    for i, s, spec, _ in linear:
+        if spec.epilogue == "store":
+            queries = spec.blocks[0].padded // target.tile_rows
+            shares = spread_late(s.count, s.tiles - queries)
+            found[i] = replace(found[i], early=Early(s.tiles, queries, tuple(c - n for c, n in zip(s.count, shares, strict=True))))
     return tuple(found)
 
 

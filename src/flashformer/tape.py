@@ -144,7 +144,7 @@ def _offsets(plan: Plan, tape: Tape, index: int) -> tuple[np.ndarray, np.ndarray
     batch = np.minimum(-(-count // g.chunk_tiles) - (chunk - number), g.together)  # chunks of each part in it
     rows = (tape.first_chunk(index)[worker] + (chunk - number) * g.parts + number)[:, None] + np.arange(g.parts)[None, :] * batch[:, None]
     start = tape.offset[rows, worker[:, None]] * tape.unit
-    place = np.argsort(tile_order(stage))  # of each tile
+    place = np.argsort(tile_order(stage)) if stage.early else slice(None)  # of each tile
     before = (local % g.chunk_tiles)[:, None]  # tiles in the same chunks
     in_chunk = np.minimum(count - (local - local % g.chunk_tiles), g.chunk_tiles)[:, None]
     return (start + before * fragments)[place], (start + in_chunk * fragments + before * scales)[place]

@@ -157,8 +157,8 @@ def code_layout(format: Format) -> str:
         return {4: "half_byte", 8: "byte"}[format.bits] if wide else f"integer{format.bits}"
     values = np.array(format.table, np.float32)
     if wide and all(abs(np.sign(half).sum()) == np.count_nonzero(half) for half in (values[:8], values[8:])) and values.any():
-        step = np.float32(np.abs(values[values != 0]).min())
-        if np.array_equal(values, np.round(values / step) * step) and np.abs(values).max() < DIGIT // 2 * step:
+        multiples = values / least_step(values)
+        if np.array_equal(multiples, np.round(multiples)) and np.abs(multiples).max() < DIGIT // 2:
             return "byte_table"
         step = digit_step(values)
         if (np.abs(np.round(values / step) * step - values) <= TABLE_ERROR * np.abs(values)).all():
@@ -166,6 +166,11 @@ def code_layout(format: Format) -> str:
     halves = values.astype(np.float16)
     signed = np.array_equal(np.abs(values[:8]), values[:8]) and np.array_equal(-values[:8], values[8:])
     return "signed_table" if signed and np.array_equal(halves, values) and not (halves.view(np.uint16) & 0xFF).any() else "table"
+
+
+def least_step(values: np.ndarray) -> np.float32:
+    """The smallest magnitude but zero."""
+    return np.float32(np.abs(values[values != 0]).min())
 
 
 def digit_step(values: np.ndarray) -> np.float32:
@@ -188,7 +193,7 @@ def describe_format(format: Format) -> list[str]:
         if layout == "signed_table":
             parts = {"kHigh": high[:8]}
         elif layout in ("byte_table", "digit_table"):
-            step = digit_step(values) if layout == "digit_table" else np.float32(np.abs(values[values != 0]).min())
+            step = (digit_step if layout == "digit_table" else least_step)(values)
             multiples = np.round(np.abs(values) / step).astype(np.int32).reshape(2, 1, 8)
             digits = multiples if layout == "byte_table" else np.concatenate([multiples // DIGIT, multiples % DIGIT], axis=1)
             parts = {**(parts if layout == "digit_table" else {}), **dict(zip(("kLower", "kUpper"), digits.astype(np.uint8), strict=True))}
