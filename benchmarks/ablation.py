@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from flashformer.backends.cuda.runner import chunk_table
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import DeviceError, FlashFormerError
 from flashformer.plan import Plan, Stage, prefix, retarget, spread
-from flashformer.records import Kept, commit, driver_version, results_file, save
+from flashformer.records import Kept, results_file, save, whence
 from flashformer.shapes import shape
 from flashformer.tape import Tape
 from flashformer.targets import Target
@@ -176,10 +175,6 @@ class Ablation(Kept):
     ratio: float  # median of the pairs' ratios; above 1: the technique makes the kernel faster
     registers: int
     same_tokens: bool | None  # as the base; None: not expected
-    gpu: str
-    driver: str
-    date: str
-    commit: str
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -225,7 +220,7 @@ def in_pairs(runner: CudaRunner, built: Built, options: argparse.Namespace) -> t
 
 def ablate(runner: CudaRunner, model: str, built: Sequence[Built], options: argparse.Namespace) -> Iterator[Ablation]:
     """A record for each variant, as it is measured; told of and passed over are those whose kernel spills or fails."""
-    where = {"gpu": runner.info.name, "driver": driver_version(), "date": date.today().isoformat(), "commit": options.commit or commit()}
+    where = whence(runner.info.name, options.commit)
     _, expected = time_tokens(runner, options.context, options.tokens)
     for variant in built:
         technique, _, kernel = variant

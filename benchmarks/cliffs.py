@@ -89,10 +89,6 @@ class Cliff(Kept):
     largest_step: float  # to a neighbour, in fractions of the ceiling
     predicted: float  # by `flashformer explain`
     at_most: float  # see `bound`
-    gpu: str
-    driver: str
-    date: str
-    commit: str
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -122,8 +118,7 @@ def make_records(models: Sequence[Model], plans: Sequence[Plan], measured: Seque
     made = [
         Cliff(
             axis.name, number, getattr(config, axis.name), r.context, r.tokens_timed, r.repeats, r.ms, r.spread, r.bytes_per_token,
-            ceiling, r.bytes_per_token / r.ms / 1e6 / ceiling, 0.0, predict(plan, r.context).fraction, bound(plan),
-            r.gpu, r.driver, r.date, r.commit,
+            ceiling, r.bytes_per_token / r.ms / 1e6 / ceiling, 0.0, predict(plan, r.context).fraction, bound(plan), **r.whence,
         )
         for (axis, number, config), plan, r in zip(models, plans, measured, strict=True)
     ]  # fmt: skip
@@ -141,7 +136,8 @@ def promised(config: ModelConfig, name: str, context: int, tokens: int) -> tuple
     times = dict.fromkeys(("min", "median", "max"), p.milliseconds)
     ceiling = plan.target.bandwidth_gb_s
     return plan, Record(
-        name, "bf16", 1, context, tokens, 0, times, 0.0, p.bytes_read, ceiling, p.fraction, None, "predicted", PREDICTED_FOR, "", "", ""
+        name, "bf16", 1, context, tokens, 0, times, 0.0, p.bytes_read, ceiling, p.fraction, None, "predicted",
+        gpu=PREDICTED_FOR, driver="", date="", commit="",
     )
 
 

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 from flashformer import FlashFormerError
@@ -25,7 +24,7 @@ from flashformer.backends.cuda import RandomWeights, load
 from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.bench import check_kernel, plan_for_gpu
 from flashformer.formats import NAMED
-from flashformer.records import Kept, commit, driver_version, results_file, save
+from flashformer.records import Kept, results_file, save, whence
 from flashformer.shapes import shape
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,10 +45,6 @@ class Pass(Kept):
     ratio: float  # of the medians: to a pass of the kernel that was measured first in the same process
     host_us: float | None  # processor time of the host for each token, where one sequence makes them
     checked: dict[str, float] | None  # the kernel against the reference; None: not checked
-    gpu: str
-    driver: str
-    date: str
-    commit: str
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -154,14 +149,13 @@ def main() -> None:
     parser.add_argument("--commit", help="commit of this tree, where git is not at hand")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    where = {"driver": driver_version(), "date": date.today().isoformat(), "commit": options.commit or commit()}
     try:
         for model in options.models.split(","):
             for weights in options.weights.split(","):
                 base = 0.0
                 for found, gpu in measured(model, weights, options):
                     base = base or statistics.median(next(iter(found.by_load.values())))
-                    kept = records(found, base, (model, weights, options.context, options.repeats), {"gpu": gpu, **where})
+                    kept = records(found, base, (model, weights, options.context, options.repeats), whence(gpu, options.commit))
                     save(kept, results_file(options.results, gpu, "columns"))
                     for r in kept:
                         host = f", {r.host_us:.1f} us of the host a token" if r.host_us is not None else ""

@@ -33,10 +33,6 @@ class Losses(Kept):
     exchange: dict[str, float]  # mean of one: from the last SM's publication of a stage's input to having gathered it
     other: float  # between an SM's visits to stages, and the skew at both ends
     choice: float  # of the token, and what no mark covers
-    gpu: str
-    driver: str
-    date: str
-    commit: str
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -51,7 +47,7 @@ def make_losses(trace: Trace, record: Record) -> Losses:
     return Losses(
         record.model, record.context, token, floor, {s.name: s.loss for s in stages},
         {s.name: s.exchange for s in stages if s.exchange == s.exchange},  # nan where it was not marked
-        trace.duration - floor - lost, token - trace.duration, record.gpu, record.driver, record.date, record.commit,
+        trace.duration - floor - lost, token - trace.duration, **record.whence,
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import sys
-from datetime import date
 from pathlib import Path
 
 from flashformer import FlashFormerError, SamplingParams
@@ -21,7 +20,7 @@ from flashformer.backends.cuda import RandomWeights, load
 from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.backends.sampling import Sampling
 from flashformer.bench import plan_for_gpu
-from flashformer.records import commit, driver_version, results_file
+from flashformer.records import results_file, whence
 from flashformer.shapes import shape
 
 RESULTS = Path(__file__).parent / "results"
@@ -91,7 +90,7 @@ def main() -> None:
         records = measure(options.model, options.context, options.repeats)
     except FlashFormerError as error:
         sys.exit(f"error: {error}")
-    where = {"driver": driver_version(), "date": date.today().isoformat(), "commit": options.commit or commit()}
+    where = whence(str(records[0]["gpu"]), options.commit)
     path = results_file(options.results, str(records[0]["gpu"]), "sampling")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([{**record, **where} for record in records], indent=1) + "\n")

@@ -12,12 +12,11 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 from flashformer import SamplingParams
 from flashformer.bench import plan_for_gpu
-from flashformer.records import commit, driver_version, results_file
+from flashformer.records import results_file, whence
 from flashformer.shapes import shape
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,10 +62,7 @@ def main() -> None:
     if info is None:
         sys.exit("no CUDA GPU was found")
     outcomes = {tool: watch(tool) for tool in options.tools.split(",")}
-    record = {
-        "gpu": info.name, "driver": driver_version(), "date": date.today().isoformat(), "commit": options.commit or commit(),
-        "tools": outcomes,
-    }  # fmt: skip
+    record: dict[str, object] = {**whence(info.name, options.commit), "tools": outcomes}
     keep(record, results_file(options.results, info.name, "sanitizer"))
     for tool, outcome in outcomes.items():
         print(tool, outcome)

@@ -14,7 +14,6 @@ import json
 import random
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from flashformer.backends.cuda import RandomWeights, load
 from flashformer.backends.cuda.codegen import ROUND_TAGS
 from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.bench import plan_for_gpu
-from flashformer.records import commit, driver_version, results_file
+from flashformer.records import results_file, whence
 from flashformer.scheduler import Request, Result, Scheduler
 from flashformer.shapes import shape
 
@@ -155,8 +154,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     record = {
         "model": options.model, "columns": options.columns, "slots": options.slots, "seed": options.seed, **soak.counts,
-        "seconds": seconds, "bytes_lost": lost, "all_slots_free": idle, "gpu": runner.info.name, "driver": driver_version(),
-        "date": date.today().isoformat(), "commit": options.commit or commit(),
+        "seconds": seconds, "bytes_lost": lost, "all_slots_free": idle, **whence(runner.info.name, options.commit),
     }  # fmt: skip
     path = results_file(options.results, runner.info.name, "soak")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 
 from flashformer.backends.cuda import CudaRunner
-from flashformer.backends.cuda.codegen import TILE_BITS, generate, include_paths
+from flashformer.backends.cuda.codegen import generate, include_paths
 from flashformer.backends.cuda.compile import Kernel, run_nvrtc
-from flashformer.backends.cuda.pack import pack_words
-from flashformer.backends.cuda.runner import chunk_table
+from flashformer.backends.cuda.runner import chunk_table, owners
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import FlashFormerError
 from flashformer.formats import NAMED
@@ -71,17 +70,9 @@ def place(runner: CudaRunner, plan: Plan, table: Callable[[Plan, Tape], np.ndarr
     """
     if table is None and plan.stages == runner.plan.stages:
         return {}
-    tape, context = lay_tapes(plan), runner.context
+    tape = lay_tapes(plan)
     assert tape.nbytes <= runner.arena_bytes
-    entries = (table or chunk_table)(plan, tape)
-    head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
-    return {
-        "table": context.upload(entries, "chunk table"),
-        "table_stride": entries.shape[1],
-        "table_length": context.upload(tape.length.astype(np.uint32), "chunk counts"),
-        "head_start": context.upload(tape.first_chunk(head).astype(np.uint32), "chunk counts"),
-        "tiles": context.upload(pack_words(plan.stages, plan, TILE_BITS), "tile ranges"),
-    }
+    return owners(runner.context, plan, tape, (table or chunk_table)(plan, tape))
 
 
 @contextmanager

@@ -269,7 +269,7 @@ def record(context: int = 1024, ms: float = 2.0, model: str = "llama-3.2-1b") ->
     """One that might have been measured."""
     return Record(
         model, "bf16", 1, context, 128, 5, {"min": ms * 0.99, "median": ms, "max": ms * 1.01}, 0.02, 10**9, 4000.0, 10**9 / ms / 1e6 / 4000,
-        None, bench.TIMED_REGION, "NVIDIA Test 9000", "1.2", "2026-01-02", "abcdef",
+        None, bench.TIMED_REGION, gpu="NVIDIA Test 9000", driver="1.2", date="2026-01-02", commit="abcdef",
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from flashformer.backends.cuda import RandomWeights
 from flashformer.backends.cuda.codegen import (
     LAYOUTS,
     OWN_SEQUENCE,
@@ -33,7 +34,7 @@ CUDA = sorted(name for name, target in available().items() if target.kind == "cu
 SHAPES = ["smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "qwen3-14b"]
 LARGE = ["qwen3-32b", "llama-3.1-70b"]  # do not fit the older GPUs
 REGISTERS = 65536  # of an SM
-MOST_CODE = 260 << 10  # bytes: more would hardly stay in the instruction caches
+MOST_CODE = 256 << 10  # bytes: more would hardly stay in the instruction caches
 
 
 def odd(**changes: object) -> ModelConfig:
@@ -58,7 +59,7 @@ def planned(config: ModelConfig, target: str, kv_type: KvType = "native") -> Pla
     return make_plan(config, build_graph(config), get(target), kv_type=kv_type)
 
 
-def assert_clean(plan: Plan) -> None:
+def assert_clean(plan: Plan, most_code: int = MOST_CODE) -> None:
     """Compile and look at what the assembler says."""
     from flashformer.backends.cuda.compile import compile_source
 
@@ -66,7 +67,7 @@ def assert_clean(plan: Plan) -> None:
     assert len(kernel.cubin) > 10_000
     assert kernel.spills == 0, kernel.log
     assert 0 < kernel.registers <= 255
-    assert 50_000 < kernel.code_bytes <= MOST_CODE
+    assert 50_000 < kernel.code_bytes <= most_code
     # Warps share the registers of the SM's four parts.
     warps = -(-threads(plan) // 32 // 4) if threads(plan) % 128 == 0 else threads(plan) // 128 + 1
     assert kernel.registers * 32 * warps * 4 <= REGISTERS
@@ -135,9 +136,7 @@ def test_formats_of_codes(stages: dict[str, Format], target: str) -> None:
 def of_codes(name: str, weights: str) -> Plan:
     """The plan of a model whose matrices are all in one format, on sm_90."""
     config = shape(name)
-    graph = build_graph(config)
-    formats = {w: NAMED[weights] for w, spec in graph.weights().items() if len(spec.shape) == 2}
-    return make_plan(config, graph, get("sm_90"), formats=formats)
+    return make_plan(config, build_graph(config), get("sm_90"), formats=RandomWeights(config, format=NAMED[weights]).formats)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -160,7 +159,9 @@ def test_stages_that_begin_early(name: str, target: str) -> None:
 @pytest.mark.parametrize("weights", ["int8", "fp8", "int4", "nf4", "mxfp4"])
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b"])
 def test_stages_of_codes_that_begin_early(name: str, weights: str) -> None:
-    assert_clean(retarget(of_codes(name, weights), late_bytes=LATE))
+    # NOTE: NF4 on 8B, with three bodies for each stage, is half a KB more than any other may be.
+    most_code = 257 << 10 if (name, weights) == ("llama-3.1-8b", "nf4") else MOST_CODE
+    assert_clean(retarget(of_codes(name, weights), late_bytes=LATE), most_code)
 
 
 # Of several columns: the fewest and the most that a target has, and one of odd sizes; every format of codes.

@@ -37,6 +37,8 @@ from test_trace import CEILING, stamp
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
+WHENCE = {"gpu": "GPU", "driver": "1", "date": "2026-01-02", "commit": "abc"}
+
 
 def plan_of(name: str) -> Plan:
     config = shape(name)
@@ -233,7 +235,7 @@ def test_losses_add_up_to_the_token() -> None:
     ms = trace.duration / 1e3 + 0.005
     record = Record(
         "qwen3-0.6b", "bf16", 1, 1000, 128, 5, {"min": ms, "median": ms, "max": ms}, 0.0, 10**9, CEILING, 0.5, None, "all",
-        "NVIDIA Test", "1", "2026-01-02", "abc",
+        **{**WHENCE, "gpu": "NVIDIA Test"},
     )  # fmt: skip
     found = losses.make_losses(trace, record)
     assert found.floor + sum(found.stages.values()) + found.other + found.choice == pytest.approx(found.token)
@@ -247,7 +249,7 @@ def test_losses_add_up_to_the_token() -> None:
 
 def ablated(model: str, technique: str, ratio: float, base: float) -> ablation.Ablation:
     """A record that might have been measured."""
-    return ablation.Ablation(model, technique, "none", 1024, 128, 5, base * ratio, base, ratio, 90, True, "GPU", "1", "2026-01-02", "abc")
+    return ablation.Ablation(model, technique, "none", 1024, 128, 5, base * ratio, base, ratio, 90, True, **WHENCE)
 
 
 def test_the_tables() -> None:
@@ -257,13 +259,13 @@ def test_the_tables() -> None:
     assert "| technique | in its place | small | large |" in lines and "| the whole kernel | | 0.5500 ms | 3.0000 ms |" in lines
     assert "| prefetch | none | +2.5% | +1.0% |" in lines and "| copies | none | -2.0% |  |" in lines
 
-    lost = losses.Losses("small", 1024, 500.0, 400.0, {"qkv": 60.0, "head": 20.5}, {}, 10.0, 9.5, "GPU", "1", "2026-01-02", "abc")
+    lost = losses.Losses("small", 1024, 500.0, 400.0, {"qkv": 60.0, "head": 20.5}, {}, 10.0, 9.5, **WHENCE)
     other = replace(lost, model="smaller", floor=300.0, stages={"qkv": 61.0})
     lines = table.sections(table.losses_lines, [lost, other]).splitlines()
     assert "| | smaller | small |" in lines and "| the bytes | 300.0 | 400.0 |" in lines and "| head |  | 20.5 |" in lines
     assert "| a token | 500.0 | 500.0 |" in lines
 
-    cliff = cliffs.Cliff("ffn_size", 0, 6784, 1024, 64, 3, 1.0, 0.0, 10**9, 4000.0, 0.92, 0.02, 0.9, 0.95, "GPU", "1", "2026-01-02", "abc")
+    cliff = cliffs.Cliff("ffn_size", 0, 6784, 1024, 64, 3, 1.0, 0.0, 10**9, 4000.0, 0.92, 0.02, 0.9, 0.95, **WHENCE)
     lines = table.sections(table.cliffs_lines, [cliff, replace(cliff, value=6912, fraction_of_ceiling=0.94)]).splitlines()
     assert "| ffn_size | 6,784 / 6,912 | 92.0% / 94.0% | 2.0% |" in lines
     assert "The largest step between neighbours is 2.0% (ffn_size 6,784); we allow 3%." in lines

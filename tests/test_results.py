@@ -96,7 +96,8 @@ def records() -> list[Record]:
             theirs = {"torch.compile": 2 * ms, "vllm": 2 * ms} if context < 30000 else {"torch.compile": 2 * ms}
             record = Record(
                 name, "bf16", 1, context, 128, 5, {"min": ms, "median": ms, "max": ms}, 0.0, nbytes, 4000.0, 1.0, None, "all",
-                "NVIDIA Test", "1", f"2026-01-{context % 20 + 1:02d}", "abc", theirs, {n: f"{n} 1.0" for n in theirs},
+                theirs, {n: f"{n} 1.0" for n in theirs},
+                gpu="NVIDIA Test", driver="1", date=f"2026-01-{context % 20 + 1:02d}", commit="abc",
             )  # fmt: skip
             made.append(record)
     return made

@@ -17,7 +17,7 @@ SHARES = (1, 3 / 4, 1 / 2)  # of the largest chunk: see `choose_share`
 MORE_CHUNKS = 1.25  # than if all were as large as they can be; each has its cost
 MOST_BATCH = 8  # groups of tiles that are read part by part
 MOST_SUMS = 16  # of a batch, that a lane keeps
-SLICE = 128  # columns of x that a warp has in the same registers
+SLICE = 128  # columns of x that a warp has in the same registers (operand.cuh)
 SCALE_ROOM = 1 / 8  # of a chunk: so much larger it may be where weights have scales
 
 
@@ -93,7 +93,7 @@ class Geometry:
         return self.tile_rows * (groups * self.format.group_bytes + last * self.format.divisor_bytes)
 
     def part_sizes(self) -> tuple[int, ...]:
-        """Fragments per warp in each part; the device computes the same in `part_size` (linear.cuh)."""
+        """Fragments per warp in each part; the device computes the same in `part_size` (operand.cuh)."""
         return self._part_sizes
 
     @property

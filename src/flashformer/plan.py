@@ -198,6 +198,12 @@ def spread_late(count: Sequence[int], late: int) -> list[int]:
     return each
 
 
+def make_early(stage: Stage, period: int, tiles: int) -> Early:
+    """Of every `period` tiles of a stage the first `tiles` early, the others spread over its workers."""
+    late = spread_late(stage.count, stage.tiles // period * (period - tiles))
+    return Early(period, tiles, tuple(c - n for c, n in zip(stage.count, late, strict=True)))
+
+
 def prefix(count: Sequence[int]) -> tuple[int, ...]:
     """First tile of each worker."""
     total, first = 0, []
@@ -323,13 +329,10 @@ def hand_on_early(stages: Sequence[Stage], target: Target) -> tuple[Stage, ...]:
         if epilogue == "residual":  # whose owners are those of the embedding
             writers += [(i, s) for i, s in enumerate(stages) if s.kind == "embed"]
         for i, s in writers:
-            shares = spread_late(s.count, g.warps_columns * (period - early))
-            found[i] = replace(found[i], early=Early(period, early, tuple(c - n for c, n in zip(s.count, shares, strict=True))))
+            found[i] = replace(found[i], early=make_early(s, period, early))
     for i, s, spec, _ in linear:
         if spec.epilogue == "store":
-            queries = spec.blocks[0].padded // target.tile_rows
-            shares = spread_late(s.count, s.tiles - queries)
-            found[i] = replace(found[i], early=Early(s.tiles, queries, tuple(c - n for c, n in zip(s.count, shares, strict=True))))
+            found[i] = replace(found[i], early=make_early(s, s.tiles, spec.blocks[0].padded // target.tile_rows))
     return tuple(found)
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,9 +18,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Kept:
-    """What benchmarks/results keeps files of: a measurement, or several of a kind."""
+    """What benchmarks/results keeps files of: a measurement, or several of a kind, and where they were made."""
+
+    gpu: str
+    driver: str
+    date: str
+    commit: str
+
+    @property
+    def whence(self) -> dict[str, str]:
+        """Where it was made, for another record of the same."""
+        return {"gpu": self.gpu, "driver": self.driver, "date": self.date, "commit": self.commit}
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -48,10 +59,6 @@ class Record(Kept):
     fraction_of_ceiling: float
     checked: dict[str, float] | None  # layers, positions, kl_mean, kl_max, top1 against the reference; None: not checked
     timed_region: str
-    gpu: str
-    driver: str
-    date: str
-    commit: str
     baselines: dict[str, float] = field(default_factory=dict)  # name -> ms per token
     baseline_versions: dict[str, str] = field(default_factory=dict)  # name -> what it was
     tuned: dict[str, Any] = field(default_factory=dict)  # numbers of the target that `flashformer tune` had changed
@@ -130,6 +137,11 @@ def table(records: Sequence[Record]) -> Table:
     shown.caption = f"read ceiling {first.read_ceiling_gb_s:,.0f} GB/s; {first.tokens_timed} tokens, {first.repeats} times; {checked}"
     shown.caption_justify = "left"
     return shown
+
+
+def whence(gpu: str, commit_given: str | None = None) -> dict[str, str]:
+    """What a record of today says of where it was made; `commit_given`: of the tree, where git is not at hand."""
+    return {"gpu": gpu, "driver": driver_version(), "date": date.today().isoformat(), "commit": commit_given or commit()}
 
 
 def driver_version() -> str:

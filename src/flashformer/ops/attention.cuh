@@ -133,6 +133,16 @@ struct HeadPiece {
     return Kv::scale_of(v.low, v.high);
   }
 
+  // The position's key from the exchange, as the cache takes it; and its scale.
+  static FF_DEVICE typename Kv::Scale gather_key(Consumer<M>& c, Vector (&v)[1], const Query& q) {
+    const Vector norm = norm_weights(c, q.layer, M::kKeyNorm);
+    float2 turn[kPairs];
+    turns(c, turn, q.position);
+    gather(c, v, {Heads<M>::kKeys + (int)Heads<M>::kv_head(q.head) * M::kHeadPad}, q);
+    normalise(v[0], norm);
+    return turn_key(c, v[0], turn);
+  }
+
   // What a matrix instruction sees of a query's value.
   static FF_DEVICE float rounded(float x) { return T::unpack((u16)T::pack(x, 0)); }
 
@@ -200,13 +210,8 @@ struct HeadPiece {
   }
   // One warp: the scores of all queries, which are in shared memory, against this token's own key, and the key into the cache.
   static FF_DEVICE void own_key(Consumer<M>& c, const Query& q) {
-    const Vector norm = norm_weights(c, q.layer, M::kKeyNorm);
-    float2 turn[kPairs];
-    turns(c, turn, q.position);
     Vector v[1];
-    gather(c, v, {Heads<M>::kKeys + (int)Heads<M>::kv_head(q.head) * M::kHeadPad}, q);
-    normalise(v[0], norm);
-    const auto scale = turn_key(c, v[0], turn);
+    const auto scale = gather_key(c, v, q);
     const u32 queries = Heads<M>::queries(q.head);
 #pragma unroll 1
     for (u32 h = 0; h < queries; h++) {
@@ -227,13 +232,8 @@ struct HeadPiece {
 
   // The position's key into the cache, by one warp; and its value.
   static FF_DEVICE void append_key(Consumer<M>& c, const Query& q) {
-    const Vector norm = norm_weights(c, q.layer, M::kKeyNorm);
-    float2 turn[kPairs];
-    turns(c, turn, q.position);
     Vector v[1];
-    gather(c, v, {Heads<M>::kKeys + (int)Heads<M>::kv_head(q.head) * M::kHeadPad}, q);
-    normalise(v[0], norm);
-    const auto scale = turn_key(c, v[0], turn);
+    const auto scale = gather_key(c, v, q);
     append<false>(c, v[0], scale, q);
   }
   static FF_DEVICE void append_value(Consumer<M>& c, const Query& q) {

@@ -46,6 +46,7 @@ FF_DEVICE void pack_codes(const CodeJob& j) {
 struct NoValues {
   static constexpr u32 kHigh[2] = {}, kLower[1][2] = {}, kUpper[1][2] = {};
   static constexpr float kFactor = 1;
+  static constexpr int kBase = 1;
 };
 
 extern "C" __global__ void flashformer_pack_codes(const __grid_constant__ CodeJob job) {

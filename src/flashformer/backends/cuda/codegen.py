@@ -199,7 +199,7 @@ def describe_format(format: Format) -> list[str]:
             parts = {**(parts if layout == "digit_table" else {}), **dict(zip(("kLower", "kUpper"), digits.astype(np.uint8), strict=True))}
             lines.append(f"      static constexpr float kFactor = {float(step)!r}f;")
             signs = [-1 if (half < 0).any() else 1 for half in (values[:8], values[8:])]
-            lines.append(f"      static constexpr int kLowerSign = {signs[0]}, kUpperSign = {signs[1]};")
+            lines.append(f"      static constexpr int kBase = {DIGIT}, kLowerSign = {signs[0]}, kUpperSign = {signs[1]};")
         for name, part in parts.items():
             words = np.ascontiguousarray(part).view(np.uint32)
             size, values_of = "".join(f"[{n}]" for n in words.shape), ", ".join(f"{word:#010x}u" for word in words.reshape(-1).tolist())

@@ -22,7 +22,7 @@ FF_DEVICE void mma_bytes(int (&d)[4], const uint4& a, u32 b0, u32 b1) {
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// ---- codes: kDigits digits to the base of 128, of each kOperands operands (of instruction f), whose sums `sum` makes one of ----
+// ---- codes: kDigits digits to the base of kBase, of each kOperands operands (of instruction f), whose sums `sum` makes one of ----
 //
 // kUpperFactor: what the sums of the second instruction are too large by.
 
@@ -31,7 +31,7 @@ FF_DEVICE int both_halves(const int (&set)[4], bool odd) { return (odd ? set[2] 
 
 struct OneOperand {
   static constexpr bool kInteger = true;
-  static constexpr int kDigits = 1, kOperands = 1;
+  static constexpr int kDigits = 1, kBase = 1, kOperands = 1;
   static FF_DEVICE int sum(const int (&sets)[1][4], bool odd) { return both_halves(sets[0], odd); }
 };
 
@@ -72,7 +72,7 @@ struct HalfByte : OneOperand {
 template <class V, int digits = 1>
 struct ByteTable {
   static constexpr bool kInteger = true, kSigned = false;
-  static constexpr int kBits = 4, kDigits = digits, kOperands = 2;
+  static constexpr int kBits = 4, kDigits = digits, kBase = V::kBase, kOperands = 2;
   static constexpr float kFactor = V::kFactor, kUpperFactor = 1, kZero = 0;
   static FF_DEVICE int column(int, int r, int i) { return step_column(r >> 1, 2 * (r & 1) + (i >> 2), i & 3); }
   static FF_DEVICE u32 place(const u8* codes) {
@@ -147,14 +147,11 @@ struct IntegerOperand {
         if constexpr (kZero != 0) to[0] += kZero * all;
         if constexpr (kOffsets) to[kSums - 1] += all;
       }
-      if constexpr (kLean) {
-        x[i][0][0] = b0;
-        x[i][0][1] = b1;
-      } else {
-        x[i][0][0] = upper ? 0 : b0;
-        x[i][0][1] = upper ? 0 : b1;
-        x[i][1][0] = upper ? b0 : 0;
-        x[i][1][1] = upper ? b1 : 0;
+#pragma unroll
+      for (int f = 0; f < (kLean ? 1 : 2); f++) {
+        const bool mine = kLean || upper == (f == 1);
+        x[i][f][0] = mine ? b0 : 0;
+        x[i][f][1] = mine ? b1 : 0;
       }
     }
   }
@@ -204,7 +201,7 @@ struct IntegerProduct {
 #pragma unroll
           for (int k = 0; k < Code::kOperands; k++)
             mma_bytes<Code::kSigned>(of[k], Code::operand(part.raw[i], f, digit, k), x.operand(slice, f, 0, lane), x.operand(slice, f, 1, lane));
-        if constexpr (F::kGroup != 0) sum = sum * 128 + (float)Code::sum(of, lane & 1);
+        if constexpr (F::kGroup != 0) sum = sum * Code::kBase + (float)Code::sum(of, lane & 1);
       }
       if constexpr (F::kGroup != 0) total = scaled(sum, x.sum[slice], part.scale[i][0], part.offset[i][0]);
     }
@@ -215,7 +212,7 @@ struct IntegerProduct {
     if constexpr (F::kGroup == 0) {
       float sum = 0;
 #pragma unroll
-      for (int digit = 0; digit < Code::kDigits; digit++) sum = sum * 128 + (float)Code::sum(sets[digit], lane & 1);
+      for (int digit = 0; digit < Code::kDigits; digit++) sum = sum * Code::kBase + (float)Code::sum(sets[digit], lane & 1);
       total = scaled(sum, x.sum[0], row.scale, row.offset);
     }
     return row.divided(total * x.factor);

@@ -63,6 +63,18 @@ def chunk_table(plan: Plan, tape: Tape) -> np.ndarray:
     return entries
 
 
+def owners(context: Context, plan: Plan, tape: Tape, entries: np.ndarray) -> dict[str, int]:
+    """Upload what tells the blocks which tiles they own and where their chunks (`chunk_table`) are: parameters of the kernel."""
+    head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
+    return {
+        "table": context.upload(entries, "chunk table"),
+        "table_stride": entries.shape[1],
+        "table_length": context.upload(tape.length.astype(np.uint32), "chunk counts"),
+        "head_start": context.upload(tape.first_chunk(head).astype(np.uint32), "chunk counts"),
+        "tiles": context.upload(pack_words(plan.stages, plan, TILE_BITS), "tile ranges"),
+    }
+
+
 class CudaRunner:
     """Implements `Runner` (backends/__init__.py) on one GPU; `weights` are packed as it is made."""
 
@@ -115,8 +127,6 @@ class CudaRunner:
         for name in (*strange, *strange_vectors):
             warnings.warn(f"{name} holds values that are not finite; the model's output will not be, either", stacklevel=2)
 
-        entries = chunk_table(plan, tape)
-        head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
         self.kv = context.allocate(kv_bytes, "the KV cache", fill=0)  # [slots]; a launch is told where its slot begins
         self.token_address, tokens = context.allocate_pinned(8 * (plan.max_context + 1), "tokens", fill=0)
         self.tokens = tokens.view(np.uint64)
@@ -132,10 +142,7 @@ class CudaRunner:
         self._alternatives = 0  # that it reports for each
         self.params = Params(
             tape=self.arena,
-            table=context.upload(entries, "chunk table"),
-            table_length=context.upload(tape.length.astype(np.uint32), "chunk counts"),
-            head_start=context.upload(tape.first_chunk(head).astype(np.uint32), "chunk counts"),
-            tiles=context.upload(pack_words(plan.stages, plan, TILE_BITS), "tile ranges"),
+            **owners(context, plan, tape, chunk_table(plan, tape)),
             vectors=context.upload(vectors, "norms and biases"),
             embedding=embedding,
             rope=context.upload(rope.result(), "rotary table"),
@@ -146,7 +153,6 @@ class CudaRunner:
             tokens=self.token_address,
             cancel=cancel_address,
             status=self.status,
-            table_stride=entries.shape[1],
             kv_blocks=plan.kv.blocks,
             epoch=1,
         )
