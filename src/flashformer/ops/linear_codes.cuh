@@ -15,15 +15,20 @@ struct ProductOf<M, S, kBegin, kEnd, true> {
   using Type = IntegerProduct<M, S, kBegin, kEnd>;
 };
 
-// Slices of a part of a group of tiles, as soon as its chunk has landed: the first ones of the part that are read, or the last, or both.
-// kRelease: the chunk is not needed any more.
-template <class S, bool kFirst = true, bool kLast = true, bool kRelease = true, class C, class Part>
-FF_DEVICE void load_part(C& c, Part& to, u32 tiles, u32 groups, u32 group) {
+// Slices of a part of a group of tiles, the chunk's number `at`, as soon as that has landed: the first ones of the part that are read, or the
+// last, or both. leaves: nothing of the chunk is read after it.
+template <class S, bool kFirst, bool kLast, bool kRelease, class C, class Part>
+FF_DEVICE void load_part(C& c, Part& to, u32 tiles, u32 group, u32 at, bool leaves) {
   constexpr u32 kChunkTiles = S::kStack * S::kWarpsRows;
-  const u32 at = group % S::kStack, left = tiles - group / S::kStack * kChunkTiles;
+  const u32 left = tiles - group / S::kStack * kChunkTiles;
   if (kFirst && at == 0) c.acquire();
   to.load(c.chunk_address(), left < kChunkTiles ? left : kChunkTiles, at * kConsumers + c.warp, c.lane);
-  if (kLast && (at + 1 == S::kStack || group + 1 == groups)) c.template leave<kRelease>();
+  if (kLast && leaves) c.template leave<kRelease>();
+}
+template <class S, bool kFirst = true, bool kLast = true, bool kRelease = true, class C, class Part>
+FF_DEVICE void load_part(C& c, Part& to, u32 tiles, u32 groups, u32 group) {
+  const u32 at = group % S::kStack;
+  load_part<S, kFirst, kLast, kRelease>(c, to, tiles, group, at, at + 1 == S::kStack || group + 1 == groups);
 }
 
 // A product and what it multiplies.
@@ -47,13 +52,44 @@ struct CodedLinear {
     if constexpr (In::kLate) {
       multiply_late(c, input, early_x, sums, tiles, groups);
     } else {
-      // NOTE: to load the next group before the work on this one costs more instructions than the loads cost time.
+      u32 group = 0;
 #pragma unroll 1
-      for (u32 group = 0; group < groups; group++) {
-        Early product;
-        add_parts<0, S::kParts, 0, In::kSlices, true>(c, tiles, groups, group, Multiplied<Early>{product, early_x});
-        hand_over(c, sums, product.result(c.lane, early_x), group, groups);
+      for (; group + kBatch <= groups; group += kBatch) add_groups<true>(c, early_x, sums, tiles, groups, group);
+      if (kBatch > 1 && group < groups) add_groups<false>(c, early_x, sums, tiles, groups, group);
+    }
+  }
+
+ private:
+  // Groups that are multiplied at a time: one of few slices waits for its chunk, its codes and its instructions, one after the other.
+  // NOTE: not more, nor of more slices: measured slower. To load the next group before the work on one costs more than the loads do.
+  static constexpr int kBatch = S::kParts == 1 && 2 * S::kFragments <= Early::kBatchSlices ? 2 : 1;
+
+  // A batch of groups; kFull: all of them exist.
+  template <bool kFull>
+  static FF_DEVICE void add_groups(Consumer<M>& c, const typename Early::X& x, Sums& sums, u32 tiles, u32 groups, u32 group) {
+    if constexpr (kBatch == 1) {
+      Early product;
+      add_parts<0, S::kParts, 0, In::kSlices, true>(c, tiles, groups, group, Multiplied<Early>{product, x});
+      hand_over(c, sums, product.result(c.lane, x), group, groups);
+    } else {
+      constexpr bool kAligned = kBatch % S::kStack == 0;
+      Loaded<S, S::kFragments, true> codes[kBatch] = {};
+      Early product[kBatch];
+#pragma unroll
+      for (u32 i = 0; i < kBatch; i++) {
+        if (!kFull && group + i >= groups) break;
+        const u32 at = kAligned ? i % S::kStack : (group + i) % S::kStack;
+        const bool leaves = at + 1 == S::kStack || (!(kFull && kAligned) && group + i + 1 == groups);
+        load_part<S, true, true, true>(c, codes[i], tiles, group + i, at, leaves);
       }
+      u32 lane = c.lane;
+      if constexpr (Early::X::kLean) asm volatile("" : "+r"(lane));  // what follows from it stays here: hoisted, it would spill
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) product[i].template add<0>(codes[i], x, lane);
+#pragma unroll
+      for (u32 i = 0; i < kBatch; i++)
+        if (kFull || group + i < groups) push(sums, product[i].result(c.lane, x));
+      if ((group + kBatch) % kQuad == 0 || group + kBatch >= groups) c.hand_over(sum_quads(sums, c.lane));
     }
   }
 

@@ -355,6 +355,7 @@ struct CodedProduct {
   using Raw = typename Scale::Raw;
   using X = CodedOperand<M, S, kBegin, kEnd>;
   static constexpr int kAtOnce = S::kFragments;  // slices that are loaded at a time, at most
+  static constexpr int kBatchSlices = 4;  // of a batch of groups, at most
 
   float total = 0;
   float set[4][4];  // where all columns have one scale: sums over all slices

@@ -178,6 +178,7 @@ struct IntegerProduct {
   using X = IntegerOperand<M, S, kBegin, kEnd>;
   using Sets = int[Code::kOperands][4];
   static constexpr int kAtOnce = Code::kDigits > 1 ? 2 : S::kFragments;  // slices that are loaded at a time, at most
+  static constexpr int kBatchSlices = Code::kDigits > 1 ? 0 : 4;  // of a batch of groups, at most
 
   float total = 0;
   Sets sets[F::kGroup ? 1 : Code::kDigits] = {};  // where all columns have one scale: over all slices
