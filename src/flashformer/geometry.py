@@ -17,7 +17,6 @@ SHARES = (1, 3 / 4, 1 / 2)  # of the largest chunk: see `choose_share`
 MORE_CHUNKS = 1.25  # than if all were as large as they can be; each has its cost
 MOST_BATCH = 8  # groups of tiles that are read part by part
 MOST_SUMS = 16  # of a batch, that a lane keeps
-SLICE = 128  # columns of x that a warp has in the same registers (operand.cuh)
 SCALE_ROOM = 1 / 8  # of a chunk: so much larger it may be where weights have scales
 
 
@@ -38,8 +37,7 @@ class Geometry:
     `warps_rows` tiles form a group and go through the worker together; within a tile, warp k of `warps_columns` owns the
     columns [k * fragments, (k + 1) * fragments) * fragment_columns, read in `parts` nearly equal parts: one chunk each. Where there is
     one part, `stack` groups share a chunk. Where x of several columns is too large to stay with a worker, groups are read in batches of
-    `together`, all of them part by part, so that x comes once for a batch. The last `late_slices` of each warp's columns are handed
-    on last: a worker begins without them.
+    `together`, all of them part by part, so that x comes once for a batch.
     Behind its fragments a chunk holds their scales: tile after tile, warp after warp, group after group, those of a tile's rows. Behind
     those of a tile are the divisors of its rows, where there are any.
     """
@@ -54,7 +52,6 @@ class Geometry:
     chunk_unit: int = 128  # bytes that chunks are padded to
     stack: int = 1
     together: int = 1
-    late_slices: int = 0
 
     @property
     def columns(self) -> int:
@@ -95,11 +92,6 @@ class Geometry:
     def part_sizes(self) -> tuple[int, ...]:
         """Fragments per warp in each part; the device computes the same in `part_size` (operand.cuh)."""
         return self._part_sizes
-
-    @property
-    def warp_columns(self) -> int:
-        """Columns of a warp."""
-        return self.fragments * self.fragment_columns
 
     @cached_property
     def _part_sizes(self) -> tuple[int, ...]:
@@ -142,17 +134,6 @@ def choose_batch(target: Target, g: Geometry, columns: int, groups: int) -> int:
     if columns == 1 or g.fragments * x_bytes <= target.panel_bytes or 2 * g.part_sizes()[0] * x_bytes > target.panel_bytes:
         return 1
     return max(1, min(groups, MOST_SUMS // ceil_div(columns, 4), MOST_BATCH))
-
-
-def choose_late_slices(target: Target, readers: Sequence[Geometry], columns: int, nbytes: float) -> int:
-    """`late_slices` of all stages that read a vector, of so many columns. nbytes: that a worker reads to make one slice of each warp.
-
-    As few as take `target.late_bytes` to make, at most half of them; 0 where the readers do not cut the columns alike.
-    """
-    warps = {(g.warps_columns, g.warp_columns) for g in readers}
-    if len(warps) > 1 or any(g.columns != columns or g.warp_columns % SLICE for g in readers):
-        return 0
-    return min(ceil_div(target.late_bytes, max(int(nbytes), 1)), readers[0].warp_columns // SLICE // 2)
 
 
 def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[Format]) -> float:
