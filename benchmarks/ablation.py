@@ -78,7 +78,7 @@ def spread_evenly(plan: Plan) -> Plan:
         count = spread(stage.tiles, plan.target.workers)
         return replace(stage, count=tuple(count), first=prefix(count)) if stage.geometry else stage
 
-    return retarget(replace(plan, stages=tuple(map(alike, plan.stages))))
+    return replace(plan, stages=tuple(map(alike, plan.stages)))
 
 
 # The consumers count the chunks that they ask for; the producer does not begin a stage before all have asked for its first chunk.

@@ -3,8 +3,7 @@
 usage: python benchmarks/variants.py VARIANTS.json [--models llama-3.2-1b,llama-3.1-8b] [--context 1024] [--tokens 128] [--repeats 5]
 
 VARIANTS.json: {name: {"patch": [[header, old text, new text], ...], "target": {field of Target: value, ...}, "wrong": false}, ...};
-"wrong" marks one whose tokens are not expected to be right, such as an ablation, or another order of tiles. The kernel as it is comes
-first, as "base".
+"wrong" marks one whose tokens are not expected to be right, such as an ablation. The kernel as it is comes first, as "base".
 """
 
 from __future__ import annotations

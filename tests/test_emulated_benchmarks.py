@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import ablation
 import columns
 import pytest
 import sampling
@@ -29,7 +31,7 @@ MODEL = ModelConfig(
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     emulated_gpu(monkeypatch, workers=3)
     monkeypatch.setattr(CudaRunner, "read_bandwidth", lambda runner: 1000.0)
-    for script in (columns, sampling, variants):
+    for script in (ablation, columns, sampling, variants):
         monkeypatch.setattr(script, "shape", lambda name: MODEL)
     for script, short, long in ((columns, 2, 6), (sampling, 1, 2)):
         monkeypatch.setattr(script, "SHORT", short)
@@ -57,19 +59,38 @@ def test_columns(called: Callable[..., None], tmp_path: Path) -> None:
     assert [r.ratio for r in found[:2]] == [1.0, 1.0]  # the second one was measured anew, without the others
 
 
+def build(plan: Plan, patches: list[list[str]]) -> object:
+    """A kernel for the emulated GPU in the place of one from patched headers."""
+    return compile_source(generate(plan).text, plan.target)
+
+
 def test_variants(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where the tiles of a variant have other owners than those of the model in memory."""
-
-    def build(plan: Plan, patches: list[list[str]]) -> object:
-        return compile_source(generate(plan).text, plan.target)
-
     monkeypatch.setattr(variants, "build", build)
     monkeypatch.setattr(variants, "ProcessPoolExecutor", lambda: ThreadPoolExecutor(1))
-    every = {"base": {}, "late": {"target": {"late_bytes": 1}, "wrong": True}, "one copy": {"target": {"exchange_copies": 1}}}
-    variants.measure("x", every, 8, 4, 1)
+    variants.measure("x", {"base": {}, "one copy": {"target": {"exchange_copies": 1}}}, 8, 4, 1)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["x", "base", "late", "one"]
-    assert [line.strip().endswith("same tokens") for line in lines] == [False, True, False, True]
+    assert [line.split()[0] for line in lines] == ["x", "base", "one"]
+    assert [line.strip().endswith("same tokens") for line in lines] == [False, True, True]
+
+
+def test_ablation(called: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where tiles have other owners than those of the model in memory."""
+    placed: list[list[str]] = []
+
+    def place(*arguments: Any) -> dict[str, int]:
+        given = variants.place(*arguments)
+        placed.append(sorted(given))
+        return given
+
+    monkeypatch.setattr(ablation, "build", build)
+    monkeypatch.setattr(ablation, "place", place)
+    for only in ("tiles even out", "copies of"):
+        called(ablation.main, *f"--models x --context 8 --tokens 4 --repeats 1 --commit abc --results {tmp_path} --only".split(), only)
+    (file,) = tmp_path.iterdir()
+    found = load_records(file, ablation.Ablation)
+    assert placed == [["head_start", "table", "table_length", "table_stride", "tiles"], []]
+    assert sorted(r.technique for r in found) == ["copies of exchanged vectors", "tiles even out the bytes of a token"]
+    assert {r.same_tokens for r in found} == {None, True}
 
 
 def test_sampling(called: Callable[..., None], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from flashformer.check import check_runner, compare, sample_tokens
 from flashformer.checkpoint import open_checkpoint
 from flashformer.errors import BuildError, DeviceError
 from flashformer.formats import choose
+from flashformer.geometry import Geometry
 from flashformer.models import build_graph
 from flashformer.plan import KvType
 from flashformer.reference import Reference
@@ -81,19 +82,31 @@ def test_a_cache_of_8_bits(
         assert_near(check_runner(runner, reference, sample_tokens(runner.plan.config, 36, seed=3)), 2e-2)
 
 
+def check_codes(folder: Path, device: Device, forms: Mapping[str, Any], **config: Any) -> list[Geometry]:
+    """How the linear stages of a model of one layer are cut, which has matrices in other forms and is right."""
+    write_folder(folder, make_config(**{**SMALL, "num_hidden_layers": 1, **config}))
+    with open_checkpoint(folder) as plain:
+        checkpoint = QuantizedCheckpoint(plain, forms_of(plain, None, forms))
+        formats = choose(checkpoint, build_graph(plain.config).weights())
+        with run_checkpoint(checkpoint, load_runner, device.target, CONTEXT, device.target.workers, formats) as (runner, reference):
+            assert_near(check_runner(runner, reference, sample_tokens(plain.config, 20, seed=4)), 2e-2)
+            return [s.geometry for s in runner.plan.stages if s.geometry]
+
+
 def test_every_kind_of_codes(tmp_path: Path, device: Device) -> None:
     """Every stage in another format."""
     names = ["Q4_0", "int8 rows", "fp8 rows", "NF4", "MXFP4"]
     chosen = {stage: FORMS[name] for stage, name in zip(STAGES, names, strict=True)}
-    others = {part: chosen[stage][0] for stage, parts in STAGES.items() for part in parts}
-    config = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 160, "tie_word_embeddings": True, "num_hidden_layers": 1}
-    write_folder(tmp_path, make_config(**{**SMALL, **config}))
-    with open_checkpoint(tmp_path) as plain:
-        checkpoint = QuantizedCheckpoint(plain, forms_of(plain, others["q_proj"], others))
-        formats = choose(checkpoint, build_graph(plain.config).weights())
-        with run_checkpoint(checkpoint, load_runner, device.target, CONTEXT, device.target.workers, formats) as (runner, reference):
-            assert [s.geometry.format.name for s in runner.plan.stages if s.geometry] == [expected for _, expected in chosen.values()]
-            assert_near(check_runner(runner, reference, sample_tokens(plain.config, 20, seed=4)), 2e-2)
+    forms = {part: chosen[stage][0] for stage, parts in STAGES.items() for part in parts}
+    cut = check_codes(tmp_path, device, forms, hidden_size=128, head_dim=32, intermediate_size=160, tie_word_embeddings=True)
+    assert [g.format.name for g in cut] == [expected for _, expected in chosen.values()]
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("NF4", (3, 2)), ("int8 rows", (2, 2, 1)), ("NVFP4", (3, 2))])
+def test_codes_of_long_rows(tmp_path: Path, device: Device, name: str, sizes: tuple[int, ...]) -> None:
+    """In several parts; of tables of two digits a few slices at a time are loaded."""
+    cut = check_codes(tmp_path, device, {"": FORMS[name][0]}, hidden_size=64, head_dim=32, intermediate_size=5120)
+    assert (cut[3].format.name, cut[3].part_sizes()) == (FORMS[name][1], sizes)
 
 
 # ---- launches ----

@@ -93,24 +93,6 @@ def test_random_weights(name: str, older: str | None, record_property: Callable[
             record_property(key, value)
 
 
-@pytest.mark.parametrize("late_bytes", [1, 40_000])
-@pytest.mark.parametrize("name", NAMED)
-def test_stages_that_begin_early(name: str, late_bytes: int, record_property: Callable[[str, object], None]) -> None:
-    """The same bits again and again, whatever came late; and right."""
-    info = probe()
-    assert info is not None and info.target is not None
-    config = replace(shape("llama-3.1-8b"), num_layers=2, vocab_size=4099, max_positions=1024)
-    weights = RandomWeights(config, format=NAMED[name])
-    target = replace(info.target, late_bytes=late_bytes)
-    with run_checkpoint(weights, load_runner, target, 1024, info.workers, weights.formats) as (runner, _):
-        assert {s.name for s in runner.plan.stages if s.geometry and s.geometry.late_slices} == {"qkv", "gate_up", "down"}
-        for key, value in check_kernel(runner, weights).items():
-            record_property(key, value)
-        tokens = sample_tokens(config, 40, seed=8)
-        first = runner.logits(tokens, 0)
-        assert all(np.array_equal(runner.logits(tokens, 0), first) for _ in range(10))
-
-
 @pytest.mark.parametrize(("name", "plain_head"), [("int4", False), ("mxfp4", True), ("mxfp4", False), ("nvfp4", False)])
 def test_a_head_that_is_the_embedding(name: str, plain_head: bool) -> None:
     info = probe()

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flashformer.backends.cuda.codegen import generate, late_name
+from flashformer.backends.cuda.codegen import generate
 from flashformer.config import ModelConfig
 from flashformer.errors import DeviceError, InputError
 from flashformer.models import build_graph
-from flashformer.plan import Plan, make_plan, retarget
+from flashformer.plan import Plan, make_plan
 from flashformer.plots import draw_trace, require
 from flashformer.shapes import shape
 from flashformer.targets import get
@@ -30,10 +30,10 @@ def plan_of(config: ModelConfig) -> Plan:
     return make_plan(config, build_graph(config), get("sm_90"))
 
 
-def stamp(plan: Plan, names: tuple[str, ...], jitter: float = 0.0, rest: float = 0.0) -> np.ndarray:
+def stamp(plan: Plan, names: tuple[str, ...], jitter: float = 0.0) -> np.ndarray:
     """What a kernel would write whose exchanges take EXCHANGE, whose SMs stream at SPEED, and whose finishers need FINISH.
 
-    Every `jitter` us more or less in the stream, at random. Where a part of an input comes late, `rest` us are waited for it.
+    Every `jitter` us more or less in the stream, at random.
     """
     random = np.random.default_rng(0)
     workers = plan.target.workers
@@ -64,10 +64,6 @@ def stamp(plan: Plan, names: tuple[str, ...], jitter: float = 0.0, rest: float =
         works = nbytes > 0
         ready = np.full(workers, complete + EXCHANGE)
         end = ready + nbytes * workers / (CEILING * SPEED * 1e3) + random.uniform(-jitter, jitter, workers)
-        if late_name(stage.name) in names:
-            put(CONSUMER, works, layer, late_name(stage.name), 0, ready + 0.5)
-            put(CONSUMER, works, layer, late_name(stage.name), 1, ready + 0.5 + rest)
-            end += rest
         done = end + FINISH
         put(CONSUMER, works, layer, stage.name, 0, free)
         put(CONSUMER, works, layer, stage.name, 1, ready)
@@ -107,17 +103,6 @@ def test_waits_streams_and_finishes_are_what_they_were_made_of(small: tuple[Trac
             assert s.finish_mean == pytest.approx(FINISH, abs=0.002) and s.finish_max == pytest.approx(FINISH, abs=0.002)
             assert s.exchange == pytest.approx(EXCHANGE, abs=0.002)
     assert stages["combine"].finish_mean == pytest.approx(FINISH, abs=0.002)
-
-
-def test_a_second_wait_is_no_work() -> None:
-    plan = retarget(plan_of(shape("llama-3.2-1b")), late_bytes=1)
-    names = generate(plan, trace=True).stage_names
-    times = [summarize(make_trace("1b", plan, names, stamp(plan, names, rest=rest), POSITION, CEILING)) for rest in (0.0, 0.25)]
-    for before, after in zip(*times, strict=True):
-        late = 0.25 if late_name(before.name) in names else 0.0
-        assert (late > 0) == (before.name in ("qkv", "gate_up", "down"))
-        assert after.wait_max == pytest.approx(before.wait_max + late, abs=1e-2, nan_ok=True)
-        assert after.work_mean == pytest.approx(before.work_mean, abs=1e-2, nan_ok=True)
 
 
 def test_floors_are_the_bytes_of_the_plan(small: tuple[Trace, Plan]) -> None:

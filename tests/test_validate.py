@@ -186,7 +186,7 @@ DAMAGE: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "columns uncovered": (lambda p: geometry(p, "down", fragments=1, parts=1, warps_columns=8, warps_rows=1), "256 of 341 columns"),
     "warps not shared out": (lambda p: geometry(p, "down", warps_rows=2), "layer 0 down: wrong geometry: it does not share out 8 warps"),
     "too many fragments": (lambda p: geometry(p, "down", fragments=129, parts=33), "129 fragments a warp, which holds 1 to 128"),
-    "parts too long": (lambda p: geometry(p, "down", fragments=9, parts=2), "parts of 5 fragments; a chunk holds 4"),
+    "parts too long": (lambda p: geometry(p, "down", fragments=13, parts=2), "parts of 7 fragments; a chunk holds 6"),
     "no parts": (lambda p: geometry(p, "down", parts=0), "cannot be read in 0 parts"),
     "tiles of another target": (lambda p: geometry(p, "down", tile_rows=4), "its fragments are not those of sm_90"),
     "KV cache too small": (lambda p: kv(p, blocks=31), "KV cache: 31 blocks are too few for 512 positions"),

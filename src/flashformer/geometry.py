@@ -14,10 +14,12 @@ from .targets import Target
 
 PADDING = 0.01  # most of a tape that may be zero columns, where the shape allows it
 SHARES = (1, 3 / 4, 1 / 2)  # of the largest chunk: see `choose_share`
+LARGE_SHARE = 3 / 2  # where chunks fill the slots better by at least FILLS_BETTER than with any other, and a ring has LEAST_SLOTS of them
+FILLS_BETTER = 0.1
+LEAST_SLOTS = 8
 MORE_CHUNKS = 1.25  # than if all were as large as they can be; each has its cost
 MOST_BATCH = 8  # groups of tiles that are read part by part
 MOST_SUMS = 16  # of a batch, that a lane keeps
-SLICE = 128  # columns of x that a warp has in the same registers (operand.cuh)
 SCALE_ROOM = 1 / 8  # of a chunk: so much larger it may be where weights have scales
 
 
@@ -38,8 +40,7 @@ class Geometry:
     `warps_rows` tiles form a group and go through the worker together; within a tile, warp k of `warps_columns` owns the
     columns [k * fragments, (k + 1) * fragments) * fragment_columns, read in `parts` nearly equal parts: one chunk each. Where there is
     one part, `stack` groups share a chunk. Where x of several columns is too large to stay with a worker, groups are read in batches of
-    `together`, all of them part by part, so that x comes once for a batch. The last `late_slices` of each warp's columns are handed
-    on last: a worker begins without them.
+    `together`, all of them part by part, so that x comes once for a batch.
     Behind its fragments a chunk holds their scales: tile after tile, warp after warp, group after group, those of a tile's rows. Behind
     those of a tile are the divisors of its rows, where there are any.
     """
@@ -54,7 +55,6 @@ class Geometry:
     chunk_unit: int = 128  # bytes that chunks are padded to
     stack: int = 1
     together: int = 1
-    late_slices: int = 0
 
     @property
     def columns(self) -> int:
@@ -95,11 +95,6 @@ class Geometry:
     def part_sizes(self) -> tuple[int, ...]:
         """Fragments per warp in each part; the device computes the same in `part_size` (operand.cuh)."""
         return self._part_sizes
-
-    @property
-    def warp_columns(self) -> int:
-        """Columns of a warp."""
-        return self.fragments * self.fragment_columns
 
     @cached_property
     def _part_sizes(self) -> tuple[int, ...]:
@@ -144,18 +139,7 @@ def choose_batch(target: Target, g: Geometry, columns: int, groups: int) -> int:
     return max(1, min(groups, MOST_SUMS // ceil_div(columns, 4), MOST_BATCH))
 
 
-def choose_late_slices(target: Target, readers: Sequence[Geometry], columns: int, nbytes: float) -> int:
-    """`late_slices` of all stages that read a vector, of so many columns. nbytes: that a worker reads to make one slice of each warp.
-
-    As few as take `target.late_bytes` to make, at most half of them; 0 where the readers do not cut the columns alike.
-    """
-    warps = {(g.warps_columns, g.warp_columns) for g in readers}
-    if len(warps) > 1 or any(g.columns != columns or g.warp_columns % SLICE for g in readers):
-        return 0
-    return min(ceil_div(target.late_bytes, max(int(nbytes), 1)), readers[0].warp_columns // SLICE // 2)
-
-
-def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[Format]) -> float:
+def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[Format], columns: int = 1) -> float:
     """How much of the largest chunk all chunks may have, so that they fill the slots of the ring best, which have one size.
 
     Where all is 16-bit values chunks are as large as they may be.
@@ -165,16 +149,20 @@ def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[F
         return 1
     kinds = Counter((spec.columns, spec.rows, format) for spec, format in linear)
 
-    def chunks(share: float) -> tuple[float, float]:
-        """How many there are, and how well they fill the largest."""
+    def chunks(share: float) -> tuple[float, float, float]:
+        """How many there are, how well they fill the largest, and its bytes."""
         nbytes = count = largest = 0.0
         for (columns, rows, format), stages in kinds.items():
             g = choose_geometry(target, columns, format, share)
             sizes = [g.chunk_bytes(g.chunk_tiles, part) for part in range(g.parts)]
             times = rows / g.chunk_tiles * stages
             nbytes, count, largest = nbytes + sum(sizes) * times, count + g.parts * times, max(largest, *sizes)
-        return count, nbytes / (largest * count)
+        return count, nbytes / (largest * count), largest
 
     fewest = chunks(1)[0]
     able = [share for share in SHARES if chunks(share)[0] <= fewest * MORE_CHUNKS]
-    return max(able, key=lambda share: (round(chunks(share)[1], 2), share))
+    best = max(able, key=lambda share: (round(chunks(share)[1], 2), share))
+    _, fill, largest = chunks(LARGE_SHARE)
+    room = target.shared_bytes - (target.panel_bytes if columns > 1 else 0)
+    large = fill >= chunks(best)[1] + FILLS_BETTER and LEAST_SLOTS * largest <= room
+    return LARGE_SHARE if large else best

@@ -16,7 +16,7 @@ from .config import ModelConfig
 from .errors import PlanError
 from .formats import PLAIN, Format, join
 from .fuse import LinearSpec, StageSpec, fuse
-from .geometry import SLICE, Geometry, ceil_div, choose_batch, choose_geometry, choose_late_slices, choose_share, round_up
+from .geometry import Geometry, ceil_div, choose_batch, choose_geometry, choose_share, round_up
 from .graph import Graph
 from .targets import Target
 
@@ -43,22 +43,8 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class Early:
-    """Of every `period` tiles of a stage the first `tiles` are handed on early: readers begin with them while the others are made.
-
-    count[w]: how many of worker w's tiles are among them. It makes these first.
-    """
-
-    period: int
-    tiles: int
-    count: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Stage:
-    """One stage of a token. `first[w]` and `count[w]` are the tiles of worker w (empty: decided on the device, by length): these
-    themselves, or where some are `early`, their places in `tape.tile_order`.
-    """
+    """One stage of a token. `first[w]` and `count[w]` are the tiles of worker w (empty: decided on the device, by length)."""
 
     name: str  # "embed", "qkv", "attention", "combine", "attention_output", "gate_up", "down", "head", "token"
     kind: Literal["embed", "linear", "attention", "combine", "token"]
@@ -72,7 +58,6 @@ class Stage:
     geometry: Geometry | None = None
     publish_gamma: str = ""  # norm weight that the values are multiplied by when they are handed on
     head_norms: tuple[str, ...] = ()  # weights of the norms on each head of q and k, applied as attention reads them
-    early: Early | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -186,25 +171,7 @@ def balance(tiles: int, workers: Sequence[int], load: Sequence[int]) -> list[int
     return count
 
 
-def spread_late(count: Sequence[int], late: int) -> list[int]:
-    """How many of each worker's tiles are among `late` ones: as evenly as their counts allow, more for those who have more."""
-    level = 0
-    while level < max(count) and sum(min(c, level + 1) for c in count) <= late:
-        level += 1
-    each = [min(c, level) for c in count]
-    able = sorted((w for w, c in enumerate(count) if c > level), key=lambda w: (-count[w], w))
-    for w in able[: late - sum(each)]:
-        each[w] += 1
-    return each
-
-
-def make_early(stage: Stage, period: int, tiles: int) -> Early:
-    """Of every `period` tiles of a stage the first `tiles` early, the others spread over its workers."""
-    late = spread_late(stage.count, stage.tiles // period * (period - tiles))
-    return Early(period, tiles, tuple(c - n for c, n in zip(stage.count, late, strict=True)))
-
-
-def prefix(count: Sequence[int]) -> tuple[int, ...]:
+def prefix(count: list[int]) -> tuple[int, ...]:
     """First tile of each worker."""
     total, first = 0, []
     for c in count:
@@ -281,10 +248,8 @@ def make_plan(
     owners = [w for w, tiles in enumerate(spread(ceil_div(config.hidden_size, target.tile_rows), target.workers)) if tiles]
     formats = formats or {}
     chosen = choose_formats(specs, target, formats)
-    share = choose_share(specs, target, chosen)
+    share = choose_share(specs, target, chosen, columns)
     stages = tuple(_assign(spec, format, target, share, columns, owners, load) for spec, format in zip(specs, chosen, strict=True))
-    if columns == 1:
-        stages = hand_on_early(stages, target)
     buffers: dict[str, Buffer] = {}
     for spec in specs:
         if spec.writes and spec.writes not in buffers:
@@ -302,45 +267,9 @@ def make_plan(
     return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, table, weights, columns, slots)
 
 
-def hand_on_early(stages: Sequence[Stage], target: Target) -> tuple[Stage, ...]:
-    """The same stages with early tiles, if the target has them, and readers with late slices.
-
-    Late are the last slices of the residual and of what a swiglu hands on, where those that read it allow that, and keys and values behind
-    queries. NOTE: the head waits for all of the residual; it is long, and may be cut otherwise.
-    """
-    if not target.late_bytes:
-        return tuple(stages)
-    found = list(stages)
-    linear = [(i, s, s.linear, s.geometry) for i, s in enumerate(stages) if s.linear and s.geometry and s.layer >= 0]
-    for epilogue, values in (("residual", target.tile_rows), ("swiglu", target.tile_rows // 2)):
-        writers = [(i, s) for i, s, spec, _ in linear if spec.epilogue == epilogue]
-        buffers = {s.writes for _, s in writers}
-        readers = [(i, s, spec, g) for i, s, spec, g in linear if s.reads[0] in buffers]
-        (_, writer), (_, _, spec, g) = writers[0], readers[0]
-        assert writer.geometry is not None
-        tiles = SLICE * g.warps_columns / values / target.workers  # that a worker makes of one slice of each warp
-        late = choose_late_slices(target, [g for *_, g in readers], spec.columns, tiles * writer.geometry.tile_bytes)
-        if not late or any(s.tiles * values != spec.columns for _, s in writers):
-            continue
-        period = g.warp_columns // values
-        early = period - late * SLICE // values
-        for i, *_, g in readers:
-            found[i] = replace(found[i], geometry=replace(g, late_slices=late))
-        if epilogue == "residual":  # whose owners are those of the embedding
-            writers += [(i, s) for i, s in enumerate(stages) if s.kind == "embed"]
-        for i, s in writers:
-            found[i] = replace(found[i], early=make_early(s, period, early))
-    for i, s, spec, _ in linear:
-        if spec.epilogue == "store":
-            found[i] = replace(found[i], early=make_early(s, s.tiles, spec.blocks[0].padded // target.tile_rows))
-    return tuple(found)
-
-
 def retarget(plan: Plan, **numbers: Any) -> Plan:
-    """The same tiles and owners with other numbers of the target, as far as these leave the shape of what lies in memory."""
-    target = replace(plan.target, **numbers)
-    stages = tuple(replace(s, early=None, geometry=s.geometry and replace(s.geometry, late_slices=0)) for s in plan.stages)
-    return replace(plan, target=target, stages=hand_on_early(stages, target) if plan.columns == 1 else stages)
+    """The same stages with other numbers of the target, as far as these leave the shape of what lies in memory."""
+    return replace(plan, target=replace(plan.target, **numbers))
 
 
 def _assign(

@@ -104,19 +104,6 @@ def block_rows(stage: Stage, number: int) -> np.ndarray:
     return sum(b.padded for b in stage.linear.blocks[:number]) + r // block.group * block.stride + r % block.group
 
 
-def tile_order(stage: Stage) -> np.ndarray:
-    """Which tiles of a stage its workers own, worker after worker, each in the order in which it reads them; int64 [tiles]."""
-    tiles = np.arange(stage.tiles)
-    if stage.early is None:
-        return tiles
-    local = tiles - np.repeat(np.array(stage.first, np.int64), stage.count)
-    own_early = local < np.repeat(np.array(stage.early.count, np.int64), stage.count)
-    early = tiles % stage.early.period < stage.early.tiles
-    order = np.empty_like(tiles)
-    order[own_early], order[~own_early] = tiles[early], tiles[~early]
-    return order
-
-
 def tile_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:
     """Where each tile of linear stage `index` begins in each of its chunks, int64 [tiles, parts] in bytes.
 
@@ -144,7 +131,6 @@ def _offsets(plan: Plan, tape: Tape, index: int) -> tuple[np.ndarray, np.ndarray
     batch = np.minimum(-(-count // g.chunk_tiles) - (chunk - number), g.together)  # chunks of each part in it
     rows = (tape.first_chunk(index)[worker] + (chunk - number) * g.parts + number)[:, None] + np.arange(g.parts)[None, :] * batch[:, None]
     start = tape.offset[rows, worker[:, None]] * tape.unit
-    place = np.argsort(tile_order(stage)) if stage.early else slice(None)  # of each tile
     before = (local % g.chunk_tiles)[:, None]  # tiles in the same chunks
     in_chunk = np.minimum(count - (local - local % g.chunk_tiles), g.chunk_tiles)[:, None]
-    return (start + before * fragments)[place], (start + in_chunk * fragments + before * scales)[place]
+    return start + before * fragments, start + in_chunk * fragments + before * scales

@@ -1,8 +1,7 @@
 """Where a token's time goes: the kernel's timestamps as spans, as losses against the floor, and as a Chrome/Perfetto trace.
 
 The consumers of an SM pass the stages one after another. Each *visit* begins with a wait for the input (until it is gathered)
-and goes on with the stream of weights or KV cache, until the next visit begins; where a part of the input comes late, there is a second
-wait within. Meanwhile a finisher publishes what is done.
+and goes on with the stream of weights or KV cache, until the next visit begins. Meanwhile a finisher publishes what is done.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backends.cuda.codegen import late_name
 from .errors import DeviceError
 from .plan import Plan, Stage
 
@@ -35,17 +33,10 @@ class Visits:
     nbytes: np.ndarray  # float64 [workers] that each SM streams in it
     complete: float  # the last SM has published its part of the input (nan: not marked)
     begin: np.ndarray  # waits for its input
-    ready: np.ndarray  # has its input, or what of it comes early
-    rest_begin: np.ndarray  # waits for the rest (nan: there is none)
-    rest_ready: np.ndarray  # has the rest
+    ready: np.ndarray  # has its input
     end: np.ndarray  # has multiplied its last chunk
     enter: np.ndarray  # the finisher is through with the stage before
     done: np.ndarray  # its results are published
-
-    @property
-    def rest(self) -> np.ndarray:
-        """How long each SM waits for the rest of its input, float64 [workers], 0 where there is none."""
-        return np.nan_to_num(self.rest_ready - self.rest_begin)
 
 
 @dataclass(frozen=True)
@@ -108,29 +99,25 @@ def make_trace(name: str, plan: Plan, stage_names: tuple[str, ...], stamps: np.n
     # NOTE: relative to the first one as integers: nanoseconds since the epoch of the timer do not fit into a double.
     times = np.where(marked, (stamps - stamps[marked].min()).astype(np.float64) / 1e3, np.nan)
     found = []
-    nothing = np.full((stamps.shape[1], 2), np.nan)
     for stage in plan.stages:
         if stage.name in stage_names:
             layer = stage.layer if stage.layer >= 0 else plan.config.num_layers
             at = times[:, :, layer, stage_names.index(stage.name)]  # [roles, workers, events]
-            late = late_name(stage.name)
-            rest = times[CONSUMER, :, layer, stage_names.index(late)] if late in stage_names else nothing
             if not np.isnan(at).all():
-                found.append((stage, at, rest))
+                found.append((stage, at))
     ends = []
     after = np.full(stamps.shape[1], np.nan)  # when each SM's consumers go on to the next stage
-    for _, at, _ in reversed(found):
+    for _, at in reversed(found):
         begin = at[CONSUMER, :, FIRST]
         visited = ~np.isnan(begin)
         ends.append(np.where(visited, np.fmin(after, at[FINISHER, :, SECOND]), np.nan))
         after = np.where(visited, begin, after)
     visits = []
     published: dict[str, float] = {}  # buffer -> when the last SM had published its part
-    for (stage, at, rest), end in zip(found, reversed(ends), strict=True):
+    for (stage, at), end in zip(found, reversed(ends), strict=True):
         begin, ready, enter, done = at[CONSUMER, :, FIRST], at[CONSUMER, :, SECOND], at[FINISHER, :, FIRST], at[FINISHER, :, SECOND]
         nbytes = _bytes(plan, stage, position, ~np.isnan(begin))
-        complete = published.get(stage.reads[0], np.nan)
-        visits.append(Visits(stage, nbytes, complete, begin, ready, rest[:, FIRST], rest[:, SECOND], end, enter, done))
+        visits.append(Visits(stage, nbytes, published.get(stage.reads[0], np.nan), begin, ready, end, enter, done))
         published[stage.writes] = float(np.nanmax(done)) if _any(done) else np.nan
     return Trace(name, position, ceiling_gb_s, tuple(visits))
 
@@ -152,10 +139,10 @@ def summarize(trace: Trace) -> list[StageTimes]:
     out = []
     for name in trace.names:
         mine = [v for v in trace.visits if v.stage.name == name]
-        wait = np.array([v.ready - v.begin + v.rest for v in mine])  # [times, workers]
-        work = np.array([v.end - v.ready - v.rest for v in mine])
+        wait = np.array([v.ready - v.begin for v in mine])  # [times, workers]
+        work = np.array([v.end - v.ready for v in mine])
         finish = np.array([v.done - (v.end if _any(v.end) else v.complete) for v in mine])
-        exchange = np.array([np.fmax(v.ready, v.rest_ready) - v.complete for v in mine])
+        exchange = np.array([v.ready - v.complete for v in mine])
         floor = trace.floor(sum(float(v.nbytes.sum()) for v in mine))
         # An SM that does not visit a stage spends no time in it: it counts as zero, so that the losses of all stages add up.
         spent = float(np.nansum(wait + work)) / trace.workers
@@ -251,7 +238,6 @@ def chrome_events(trace: Trace) -> Iterator[dict[str, Any]]:
                 (CONSUMER, v.stage.name, v.begin[sm], v.end[sm], {**layer, "bytes": round(float(v.nbytes[sm]))}),
                 (CONSUMER, "wait", v.begin[sm], v.ready[sm], {}),
                 (CONSUMER, "stream", v.ready[sm], v.end[sm], {}),
-                (CONSUMER, "wait for the rest", v.rest_begin[sm], v.rest_ready[sm], {}),
                 (FINISHER, v.stage.name, v.enter[sm], v.done[sm], layer),
                 (FINISHER, "finish", np.maximum(v.enter[sm], v.end[sm]), v.done[sm], {}),
             )

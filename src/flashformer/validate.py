@@ -25,9 +25,9 @@ import numpy as np
 from .errors import PlanError
 from .formats import PLAIN
 from .fuse import LinearSpec
-from .geometry import SCALE_ROOM, SLICE, Geometry, ceil_div, round_up
+from .geometry import LARGE_SHARE, SCALE_ROOM, Geometry, ceil_div, round_up
 from .plan import BLOCK_POSITIONS, COLUMN_HEADS, COPY_UNIT, HEAD_MULTIPLE, KV_TYPES, Plan, Stage
-from .tape import block_rows, lay_tapes, tile_order
+from .tape import block_rows, lay_tapes
 from .validate_tape import chunk_bytes, validate_tape, where
 
 # The stages as the kernels walk them: (name, kind, what a linear stage does with its result).
@@ -46,9 +46,9 @@ LAST = (("head", "linear", "logits"), ("token", "token", ""))
 def validate(plan: Plan) -> None:
     """Prove a plan and its tapes. Raises PlanError for the first property that does not hold."""
     for prove in (
-        _stages_in_order, _buffers_known, _tiles_owned_once, _early_tiles_counted, _owners_fixed, _geometry_fits, _weights_used_once,
-        _groups_padded, _kv_fits, _heads_fit, _vectors_fit, _exchanges_chained, _nothing_overwritten, _versions_told_apart,
-        _moments_handed_on, _padding_owned_by_awaited, _layers_alike,
+        _stages_in_order, _buffers_known, _tiles_owned_once, _owners_fixed, _geometry_fits, _weights_used_once, _groups_padded,
+        _kv_fits, _heads_fit, _vectors_fit, _exchanges_chained, _nothing_overwritten, _versions_told_apart, _moments_handed_on,
+        _padding_owned_by_awaited, _layers_alike,
     ):  # fmt: skip
         prove(plan)
     validate_tape(plan, lay_tapes(plan))
@@ -125,20 +125,6 @@ def _tiles_owned_once(plan: Plan) -> None:
         raise PlanError(f"{where(stages[at])}: the workers own {end[at, -1]} of {tiles[at]} tiles")
 
 
-def _early_tiles_counted(plan: Plan) -> None:
-    """Where some tiles of a stage come early, each of them is among the early ones of one worker, and each other tile among the others."""
-    for s in plan.stages:
-        if s.early is None:
-            continue
-        e = s.early
-        if s.kind not in ("embed", "linear") or not 0 < e.tiles < e.period or s.tiles % e.period:
-            raise PlanError(f"{where(s)}: {e.tiles} of every {e.period} of its {s.tiles} tiles cannot come early")
-        if len(e.count) != len(s.count) or not all(0 <= n <= c for n, c in zip(e.count, s.count, strict=True)):
-            raise PlanError(f"{where(s)}: a worker has more early tiles than tiles")
-        if sum(e.count) != s.tiles // e.period * e.tiles:
-            raise PlanError(f"{where(s)}: the workers have {sum(e.count)} of {s.tiles // e.period * e.tiles} early tiles")
-
-
 def _owners_fixed(plan: Plan) -> None:
     """The residual of a row stays with the worker that embedded it; combine has one range for all layers, too."""
     fixed: dict[bool, Stage] = {}
@@ -146,9 +132,8 @@ def _owners_fixed(plan: Plan) -> None:
         if not _owns_residual(s) and s.kind != "combine":
             continue
         other = fixed.setdefault(_owns_residual(s), s)
-        if (s.first, s.count) != (other.first, other.count) or s.early != other.early:
-            moved = (w for w in range(len(s.count)) if (s.first[w], s.count[w]) != (other.first[w], other.count[w]))
-            w = next(moved, 0)
+        if (s.first, s.count) != (other.first, other.count):
+            w = next(w for w in range(len(s.count)) if (s.first[w], s.count[w]) != (other.first[w], other.count[w]))
             raise PlanError(f"{where(s)}: worker {w} does not own the tiles that it owns in {where(other)}: they have moved")
 
 
@@ -162,7 +147,8 @@ def _geometry_fits(plan: Plan) -> None:
         sizes = g.part_sizes() if 1 <= g.parts <= g.fragments else (0,)
         chunk = max(chunk_bytes(g, g.chunk_tiles), default=0)
         most = t.max_fragments * t.fragment_columns // g.fragment_columns
-        in_chunk = max(int(t.part_fragments * t.tile_rows * t.fragment_columns * 2 * (1 + SCALE_ROOM)) // g.fragment_bytes, 1)
+        largest = t.part_fragments * t.tile_rows * t.fragment_columns * 2 * (1 + SCALE_ROOM) * LARGE_SHARE
+        in_chunk = max(int(largest) // g.fragment_bytes, 1)
         ends = (np.arange(g.warps_columns)[:, None] * g.fragments + np.cumsum(sizes)).reshape(-1) * g.fragment_columns
         for wrong, what in (
             (not t.runs(g.format), f"{t.name} has no kernel for {g.format.name}"),
@@ -175,10 +161,6 @@ def _geometry_fits(plan: Plan) -> None:
             (g.warps_rows < 1 or g.warps_rows * g.warps_columns != t.warps, f"it does not share out {t.warps} warps"),
             (not 1 <= g.fragments <= most, f"{g.fragments} fragments a warp, which holds 1 to {most}"),
             (g.stack < 1 or (g.stack > 1 and g.parts > 1), f"{g.stack} groups in a chunk of one part of {g.parts}"),
-            (
-                g.late_slices and (g.columns != spec.columns or g.warp_columns % SLICE or not 0 < g.late_slices * SLICE < g.warp_columns),
-                f"{g.late_slices} late slices of {g.warp_columns} columns of a warp",
-            ),
             (g.together < 1 or (g.together > 1 and g.parts == 1), f"batches of {g.together} groups of {g.parts} parts"),
             (sum(sizes) != g.fragments, f"{g.fragments} fragments cannot be read in {g.parts} parts"),
             (max(sizes) > in_chunk, f"parts of {max(sizes)} fragments; a chunk holds {in_chunk} of a warp"),
@@ -367,8 +349,7 @@ def _padding_owned_by_awaited(plan: Plan) -> None:
         real = np.zeros(s.tiles, bool)
         for number in range(len(spec.blocks)):
             real[block_rows(s, number) // rows] = True
-        owner = np.empty(s.tiles, np.int64)
-        owner[tile_order(s)] = np.repeat(np.arange(len(s.count)), s.count)
+        owner = np.repeat(np.arange(len(s.count)), s.count)
         late = owner[~real & (np.array(plan.stages[0].count)[owner] == 0)]
         if len(late):
             raise PlanError(f"{where(s)}: worker {late[0]} owns a tile of padding and no part of the residual: nobody waits for it")

@@ -21,11 +21,11 @@ struct Model {
 };
 template <class S, bool kInteger = S::Format::Code::kInteger>
 struct ProductOf {
-  using Type = CodedProduct<Model, S, 0, S::kFragments>;
+  using Type = CodedProduct<Model, S>;
 };
 template <class S>
 struct ProductOf<S, true> {
-  using Type = IntegerProduct<Model, S, 0, S::kFragments>;
+  using Type = IntegerProduct<Model, S>;
 };
 
 // One lane of one warp: as CodedLinear does it (linear_codes.cuh).

@@ -133,25 +133,12 @@ struct HeadPiece {
     return Kv::scale_of(v.low, v.high);
   }
 
-  // The position's key from the exchange, as the cache takes it; and its scale.
-  static FF_DEVICE typename Kv::Scale gather_key(Consumer<M>& c, Vector (&v)[1], const Query& q) {
-    const Vector norm = norm_weights(c, q.layer, M::kKeyNorm);
-    float2 turn[kPairs];
-    turns(c, turn, q.position);
-    gather(c, v, {Heads<M>::kKeys + (int)Heads<M>::kv_head(q.head) * M::kHeadPad}, q);
-    normalise(v[0], norm);
-    return turn_key(c, v[0], turn);
-  }
-
   // What a matrix instruction sees of a query's value.
   static FF_DEVICE float rounded(float x) { return T::unpack((u16)T::pack(x, 0)); }
 
   // Warp w: query head w of this piece into shared memory; with the newest position also its score against this token's key.
   // Warp 0 has the key, the first warp without a query (or the last) the value; of one column they append them, too.
-  // kOwnLater: the query alone; see `own_key` and `own_value`.
-  template <bool kOwnLater = false>
-  static FF_DEVICE void prepare(Consumer<M>& c, const Query& q, bool last) {
-    const bool newest = !kOwnLater && last;
+  static FF_DEVICE void prepare(Consumer<M>& c, const Query& q, bool newest) {
     const u32 queries = Heads<M>::queries(q.head), kv_head = Heads<M>::kv_head(q.head);
     if (c.warp < queries) {
       constexpr bool kEarly = kPairs <= 2;  // norm weights are here before the query; those of large heads would spill
@@ -191,49 +178,30 @@ struct HeadPiece {
         if (!L::kMany && c.warp == 0 && q.head % M::kVirtualSplits == 0) append<false>(c, v[1], scale, q);
       }
     }
-    if (newest && c.warp == value_warp(queries)) own_value(c, q);
-  }
-
-  // One warp: this token's own value into shared memory; of one column also into the cache.
-  static FF_DEVICE void own_value(Consumer<M>& c, const Query& q) {
-    Vector v[1];
-    gather(c, v, {Heads<M>::kValues + (int)Heads<M>::kv_head(q.head) * M::kHeadPad}, q);
-    const auto scale = Kv::scale_of(v[0].low, v[0].high);
-#pragma unroll
-    for (int r = 0; r < kPairs; r++)
-      if (has(c.lane, r)) {
-        store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r) * 4, Kv::rounded(v[0].low[r], scale));
-        store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r + M::kHeadDim / 2) * 4, Kv::rounded(v[0].high[r], scale));
-      }
-    if (L::kMany && c.lane < kPadding) store_shared_float(c.shared + L::kNewValue + (M::kHeadDim + c.lane) * 4, 0);
-    if (!L::kMany && q.head % M::kVirtualSplits == 0) append<true>(c, v[0], scale, q);
-  }
-  // One warp: the scores of all queries, which are in shared memory, against this token's own key, and the key into the cache.
-  static FF_DEVICE void own_key(Consumer<M>& c, const Query& q) {
-    Vector v[1];
-    const auto scale = gather_key(c, v, q);
-    const u32 queries = Heads<M>::queries(q.head);
-#pragma unroll 1
-    for (u32 h = 0; h < queries; h++) {
-      const u32 at = c.shared + L::kQuery + h * L::kQueryStride;
-      float score = 0;
+    if (newest && c.warp == value_warp(queries)) {
+      Vector v[1];
+      gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, q);
+      const auto scale = Kv::scale_of(v[0].low, v[0].high);
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
         if (has(c.lane, r)) {
-          const float low = T::unpack(load_shared16(at + (c.lane + 32 * r) * 2));
-          const float high = T::unpack(load_shared16(at + (c.lane + 32 * r + M::kHeadDim / 2) * 2));
-          score += low * Kv::rounded(v[0].low[r], scale) + high * Kv::rounded(v[0].high[r], scale);
+          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r) * 4, Kv::rounded(v[0].low[r], scale));
+          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r + M::kHeadDim / 2) * 4, Kv::rounded(v[0].high[r], scale));
         }
-      score = warp_sum(score);
-      if (c.lane == 0) store_shared_float(c.shared + L::kNewScore + h * 4, score * M::kScoreScale);
+      if (L::kMany && c.lane < kPadding) store_shared_float(c.shared + L::kNewValue + (M::kHeadDim + c.lane) * 4, 0);
+      if (!L::kMany && q.head % M::kVirtualSplits == 0) append<true>(c, v[0], scale, q);
     }
-    if (q.head % M::kVirtualSplits == 0) append<false>(c, v[0], scale, q);
   }
 
   // The position's key into the cache, by one warp; and its value.
   static FF_DEVICE void append_key(Consumer<M>& c, const Query& q) {
+    const Vector norm = norm_weights(c, q.layer, M::kKeyNorm);
+    float2 turn[kPairs];
+    turns(c, turn, q.position);
     Vector v[1];
-    const auto scale = gather_key(c, v, q);
+    gather(c, v, {Heads<M>::kKeys + (int)Heads<M>::kv_head(q.head) * M::kHeadPad}, q);
+    normalise(v[0], norm);
+    const auto scale = turn_key(c, v[0], turn);
     append<false>(c, v[0], scale, q);
   }
   static FF_DEVICE void append_value(Consumer<M>& c, const Query& q) {
@@ -423,14 +391,9 @@ struct Attention {
       const bool newest = first + count == share.per_head;
       c.sync();  // the piece before this one may still be read
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-      const typename Piece::Query query{layer, head, position, c.tag(step, layer), c.words(S::kInput), c.p.kv};
-      Piece::template prepare<S::kOwnLater>(c, query, newest);
+      Piece::prepare(c, {layer, head, position, c.tag(step, layer), c.words(S::kInput), c.p.kv}, newest);
       c.sync();
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
-      if (S::kOwnLater && newest) {  // by the warps that come to blocks last
-        if (c.warp == kConsumers - 1) Piece::own_key(c, query);
-        if (c.warp == kConsumers - 2) Piece::own_value(c, query);
-      }
       float out[Piece::kSteps][4];
       Piece::attend(c, out, first, count, position);
       const u32 warps = count < kConsumers ? count : kConsumers;  // that have seen any positions

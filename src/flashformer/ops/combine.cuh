@@ -16,7 +16,7 @@ struct Combine {
 
   static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
     f.enter(S::kWhere, layer);
-    const uint2 tiles = f.tiles(M::kCombineTiles);
+    const uint2 tiles = f.tiles(1);
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const u32 tag = f.tag(step, layer), pair = f.lane & 3;
     const KvShare<M> share(f.position(step), blockIdx.x);

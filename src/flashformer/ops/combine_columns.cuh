@@ -17,7 +17,7 @@ struct CombineColumns {
 
   static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
     f.enter(S::kWhere, layer);
-    const uint2 tiles = f.tiles(M::kCombineTiles);
+    const uint2 tiles = f.tiles(1);
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const u32 tag = f.tag(step, layer), groups = ceil_div(f.columns(), kAtOnce), turns = tiles.y * groups;
     const Units<M> units(f);

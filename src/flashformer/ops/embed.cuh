@@ -10,11 +10,11 @@ struct Embed {
   static FF_DEVICE void run(Consumer<M>&, u32) {}
   static FF_DEVICE void run(Finisher<M>& f, u32 step) {
     f.enter(S::kWhere, 0);
-    const uint2 tiles = f.tiles(0), early = f.template early_tiles<S>(0);
+    const uint2 tiles = f.tiles(0);
     const u32 tag = f.tag(step, 0), row = f.lane & 7;
     // Four tiles at a time, one an octet.
     for (u32 local = f.index * 4 + (f.lane >> 3); local < round_up(tiles.y, 4 * M::kFinishers); local += 4 * M::kFinishers) {
-      const u32 tile = tile_at<S>(tiles, early, local), index = tile * 8 + row;
+      const u32 tile = tiles.x + local, index = tile * 8 + row;
       const bool mine = local < tiles.y, real = mine && index < M::kHidden;
       const float y = real ? T::unpack(__ldg(f.p.embedding + (u64)f.token * M::kHidden + index)) : 0;
       const float gamma = real ? __ldg(f.p.vectors + S::kGamma + index) : 0;
@@ -23,6 +23,6 @@ struct Embed {
       if (mine && !(row & 1)) f.publish(S::kOutput + tile * 4 + row / 2, T::pack(out, next), tag);
     }
     f.publish_moment(S::kMomentOut, tag, tiles);
-    f.template fetch_gamma<S>(f.p.vectors + S::kNextGamma, tiles, early);
+    f.fetch_gamma(f.p.vectors + S::kNextGamma, tiles);
   }
 };

@@ -37,6 +37,6 @@ struct EmbedColumns {
       }
     }
     ColumnsOut<M, S>::done_with_moments(f, f.tag(step, 0), tiles);
-    f.template fetch_gamma<S>(f.p.vectors + S::kNextGamma, tiles);
+    f.fetch_gamma(f.p.vectors + S::kNextGamma, tiles);
   }
 };

@@ -46,18 +46,19 @@ struct Linear {
     const u32 tiles = c.tiles(S::tile_word(layer)).y;
     if (tiles == 0) return;
     Operand<S> x;
-    Input<M, S> input(c, step, layer);
-    input.gather_early(x);
+    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
+    x.gather(c, c.tag(step, layer));
+    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
     if constexpr (S::kCoded) {
-      CodedLinear<M, S>::multiply(c, x, input, tiles, groups);
+      CodedLinear<M, S>::multiply(c, x, tiles, groups);
     } else {
       u32 octet = c.lane >> 3;
 #pragma unroll 1
       for (u32 group = 0; group < groups; group++) {
         float d[2][4] = {};
         if constexpr (S::kFragments > 16) asm volatile("" : "+r"(octet));  // keep masks in the loop: hoisted, they would spill
-        multiply<0, 0>(c, x, input, d, octet, group);
+        multiply<0, 0>(c, x, d, octet);
         c.hand_over((d[0][0] + d[0][3]) + (d[1][0] + d[1][3]));
       }
     }
@@ -67,7 +68,6 @@ struct Linear {
     f.enter(S::kWhere, layer);
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const uint2 tiles = f.tiles(S::tile_word(layer));
-    const uint2 early = f.template early_tiles<S>(S::tile_word(layer));
     const u32 groups = (tiles.y + S::kWarpsRows - 1) / S::kWarpsRows, turns = (groups + kTogether - 1) / kTogether;
     const u32 tag = f.tag(step, layer);
     const u32 out_tag = S::kNextLayer ? tag + 1 : tag;
@@ -100,7 +100,7 @@ struct Linear {
           mine[pass] = (int)group >= (int)(turn * kTogether) && local < tiles.y;
         }
         own[pass] = local;
-        tile[pass] = tile_at<S>(tiles, early, local);
+        tile[pass] = tiles.x + local;
         const float* vectors = f.p.vectors + (u64)layer * M::kLayerVectors;
         if (S::kBias >= 0) bias[pass] = mine[pass] ? load_early(vectors + S::kBias + tile[pass] * 8 + row) : 0;
         if constexpr (S::kEpilogue == Epilogue::kResidual) {
@@ -146,21 +146,20 @@ struct Linear {
     if constexpr (S::kEpilogue == Epilogue::kResidual) {
       f.publish_moment(S::kMomentOut, out_tag, tiles);
       const u32 next = S::kNextLayer ? (layer + 1) % M::kLayers : layer;
-      f.template fetch_gamma<S>(f.p.vectors + (u64)next * M::kLayerVectors + S::kNextGamma, tiles, early);
+      f.fetch_gamma(f.p.vectors + (u64)next * M::kLayerVectors + S::kNextGamma, tiles);
     }
   }
 
  private:
   static constexpr int kTogether = S::kCoded ? kQuad : 1;  // groups that are handed over at once
   static constexpr int kRowLanes = S::kCoded ? 4 : 1;  // lanes from a row to the next, as a finisher has them
+
   // Multiply part `part` of the group, and those after it: its chunk's fragments are `first`... of this warp's x.
   // NOTE: where the last group has fewer tiles than warps, a warp without one multiplies what is left in the slot; nobody looks.
   template <int part, int first>
-  static FF_DEVICE void multiply(Consumer<M>& c, Operand<S>& x, const Input<M, S>& input, float (&d)[2][4], u32 octet, u32 group) {
+  static FF_DEVICE void multiply(Consumer<M>& c, const Operand<S>& x, float (&d)[2][4], u32 octet) {
     if constexpr (part < S::kParts) {
-      constexpr int kSize = part_size(S::kFragments, S::kParts, part), kEarly = Input<M, S>::kEarlySlices * 4;  // fragments
-      if constexpr (S::kLateSlices > 0 && first <= kEarly && first + kSize > kEarly)
-        if (group == 0) input.gather_late(x);
+      constexpr int kSize = part_size(S::kFragments, S::kParts, part);
       c.acquire();
       uint4 a[kSize];
       const u32 at = c.chunk_address() + c.warp * (kSize * 512) + c.lane * 16;
@@ -174,7 +173,7 @@ struct Linear {
         const bool on = octet == (first + i) % kAlign;  // columns 2p and 2p + 1 hold the steps of fragment p
         mma<T>(d[i & 1], a[i], on ? x.value[slice][0] : 0, on ? x.value[slice][1] : 0);
       }
-      multiply<part + 1, first + kSize>(c, x, input, d, octet, group);
+      multiply<part + 1, first + kSize>(c, x, d, octet);
     }
   }
 

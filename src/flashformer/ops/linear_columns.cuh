@@ -170,7 +170,7 @@ struct LinearColumns {
     if constexpr (S::kEpilogue == Epilogue::kResidual) {
       ColumnsOut<M, S>::done_with_moments(f, out_tag, tiles);
       const u32 next = S::kNextLayer ? (layer + 1) % M::kLayers : layer;
-      f.template fetch_gamma<S>(f.p.vectors + (u64)next * M::kLayerVectors + S::kNextGamma, tiles);
+      f.fetch_gamma(f.p.vectors + (u64)next * M::kLayerVectors + S::kNextGamma, tiles);
     } else if constexpr (S::kEpilogue == Epilogue::kSwiglu) {
       ColumnsOut<M, S>::done(f, out_tag, tiles);
     }

@@ -47,7 +47,6 @@ class Target:
     prefetch_cycles: int = 0  # between two of them: an SM's fair share of the bandwidth
     first_look_cycles: int = 0  # before a vector is polled: an exchange takes no less
     panel_bytes: int = 0  # that vectors of several columns may take of shared memory, if need be by less than a whole vector
-    late_bytes: int = 0  # of weights: what an SM makes of them last, its readers begin without; 0: they wait for all
     exchange_copies: int = 1  # of a vector that every SM reads, so that not all poll the same lines
     kv_min_blocks: int = 2  # fewest blocks of the KV cache that are worth a piece of their own
     kv_slack_bytes: int = 65536  # of the KV cache that an SM may read beyond its even share, so that it meets one head only

@@ -24,7 +24,7 @@ from ..source import Field, camel, constants, ctypes_fields, struct
 HEADERS = Path(__file__).parent
 OPERATORS = HEADERS.parent.parent / "ops"
 SLOT_BYTES = 16384  # of the ring where all weights are plain: the largest chunk, and one KV block of 256 dims
-LARGEST_SLOT_BYTES = 18432  # where there are codes, whose scales need room
+LARGEST_SLOT_BYTES = 27648  # where there are codes: see `choose_share`; and their scales need room
 MAX_SLOTS = 32  # a lane each
 FLAG_ALIGNMENT = 16  # words: vectors in the exchange memory begin on a 128-byte line
 STREAM = "weight stream"  # where a waiting producer stands
@@ -332,14 +332,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     head = next(s for s in plan.stages if s.name == "head")
     combine = next(s for s in body if s.kind == "combine")
     residuals = [s.name for s in body if s.publish_gamma]
-    late = [s.name for s in body if s.geometry and s.geometry.late_slices]
-    names = (STREAM, *(s.name for s in (embed, *body, head)), "token", *map(late_name, late))
-    # Tile ranges, and behind each that of the early ones, where there are some: the residual's, combine's, two of each layer, the head's.
-    own_words = 2 if embed.early else 1
-    qkv, gate_up = (next(s for s in body if s.name == name) for name in ("qkv", "gate_up"))
-    qkv_words = 2 if qkv.early else 1
-    layer_words = qkv_words + (2 if gate_up.early else 1)
-    words = own_words + 1 + layer_words * c.num_layers + 1
+    names = (STREAM, *(s.name for s in (embed, *body, head)), "token")
+    words = 3 + 2 * c.num_layers
     slot, several = slot_bytes(plan), plan.columns > 1
     for stage in plan.stages:
         if stage.count and (max(stage.count) >= 1 << TILE_BITS or stage.tiles >= 1 << (32 - TILE_BITS)):
@@ -367,7 +361,6 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("int", "kOwnedTiles", max(embed.count)),
         ("u32", "kOwners", sum(c > 0 for c in embed.count)),
         ("int", "kTileWords", words),
-        ("int", "kCombineTiles", own_words),
         ("int", "kHeadTiles", words - 1),
         ("int", "kPieces", pieces(plan)),
         ("int", "kPieceWords", piece_words(plan)),
@@ -432,15 +425,12 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 ("int", "kFragmentColumns", g.fragment_columns),
                 ("bool", "kCoded", g.format != PLAIN),
                 ("int", "kParts", g.parts),
-                ("int", "kLateSlices", g.late_slices),
                 ("u32", "kStack", g.stack),
                 ("bool", "kNorm", stage.linear.eps > 0),
                 ("float", "kEps", stage.linear.eps),
                 ("int", "kBias", vectors.bias.get(stage.name, -1) if stage.layer >= 0 else -1),
                 ("bool", "kNextLayer", stage.name == "down"),
             ]
-            if g.late_slices:
-                facts.append(("u32", "kLateWhere", names.index(late_name(stage.name))))
             if several:
                 p = panel(plan, g)
                 facts += [
@@ -455,12 +445,6 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 text.extend(describe_format(g.format))
             text.append(f"  static constexpr Epilogue kEpilogue = Epilogue::k{stage.linear.epilogue.capitalize()};")
             text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
-        if stage.count:
-            facts.append(("u32", "kEarlyTiles", stage.early.tiles if stage.early else 0))
-        if stage.early:
-            facts.append(("u32", "kPeriod", stage.early.period))
-        if stage.kind == "attention":
-            facts.append(("bool", "kOwnLater", qkv.early is not None))
         if stage.kind == "embed":
             facts.append(("int", "kGamma", vectors.embed_gamma))
         if stage.publish_gamma:
@@ -480,8 +464,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
 
     text.append("namespace stage {")
     describe(embed)
-    first = own_words + 1
-    tile_words = {"qkv": f"{first} + {layer_words} * layer", "gate_up": f"{first + qkv_words} + {layer_words} * layer"}
+    tile_words = {"qkv": "2 + 2 * layer", "gate_up": "3 + 2 * layer"}
     for stage in body:
         describe(stage, tile_words.get(stage.name, "0"))
     describe(head, "Model::kHeadTiles")
@@ -515,11 +498,6 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
     return Source("\n".join(text) + "\n", names, vectors, places.size * (1 if several else t.exchange_copies))
-
-
-def late_name(stage: str) -> str:
-    """What a stuck kernel calls the wait for the last part of a stage's input."""
-    return f"{stage}, the rest of its input"
 
 
 def include_paths() -> list[Path]:

@@ -193,13 +193,12 @@ FF_DEVICE u32 larger_halves(u32 a, u32 b) {
   return r;
 }
 
-// The largest magnitude of a warp's 16-bit values, of pairs [kBegin, kEnd), as their bits: these have the same order, and a NaN is larger
-// than all.
-template <int kBegin, int kEnd, int n>
+// The largest magnitude of a warp's 16-bit values, as their bits: these have the same order, and a NaN is larger than all.
+template <int n>
 FF_DEVICE u32 warp_largest(const u32 (&pairs)[n][2]) {
   u32 top = 0;
 #pragma unroll
-  for (int i = kBegin; i < kEnd; i++)
+  for (int i = 0; i < n; i++)
 #pragma unroll
     for (int j = 0; j < 2; j++) top = larger_halves(top, pairs[i][j] & 0x7fff7fffu);
   top = (top >> 16) > (top & 0xffff) ? top >> 16 : top & 0xffff;
@@ -207,14 +206,14 @@ FF_DEVICE u32 warp_largest(const u32 (&pairs)[n][2]) {
   return top;
 }
 
-// Slices [kBegin, kEnd) of x as fp16 and what belongs to them: made once a stage from the words that were gathered.
+// x as fp16 and what belongs to it: made once a stage from the words that were gathered.
 // NOTE: fp16 holds 3 bits more than bf16, but not its range: x is scaled by a power of two so that the largest value of a warp fits. What is
 // lost is below 2^-29 of that value.
-template <class M, class S, int kBegin, int kEnd>
+template <class M, class S>
 struct CodedOperand {
   using F = typename S::Format;
   using Code = typename F::Code;
-  static constexpr int kSlices = kEnd - kBegin;
+  static constexpr int kSlices = S::kFragments;
   static constexpr bool kLean = false;  // see IntegerOperand
   static constexpr bool kBiased = Code::kEvenBias != 0, kOffsets = F::kOffset != Offset::kNone;
   static constexpr int kSums = F::kGroup == 16 ? 2 : (kBiased ? 1 : 0) + (kOffsets ? 1 : 0);
@@ -228,9 +227,9 @@ struct CodedOperand {
   FF_DEVICE void prepare(const X& from, u32) {
     unscale = Code::kFactor;
 #pragma unroll
-    for (int i = 0; i < kSlices; i++) value[i][0] = from.value[kBegin + i][0], value[i][1] = from.value[kBegin + i][1];
+    for (int i = 0; i < kSlices; i++) value[i][0] = from.value[i][0], value[i][1] = from.value[i][1];
     if constexpr (!M::Value::kIsHalf) {
-      const u32 top = warp_largest<0, kSlices>(value);
+      const u32 top = warp_largest(value);
       const u32 exponent = 268 - (top >> 7) < 253 ? 268 - (top >> 7) : 253;  // the largest value becomes 2^14 to 2^15
       const float scale = __uint_as_float(exponent << 23);
       unscale *= __uint_as_float((254 - exponent) << 23);
@@ -291,8 +290,8 @@ struct ScalePlace {
   }
 };
 
-// What a lane needs of slices [kFrom, kFrom + kCount) of a part of `size`: codes and scales, from a chunk that has landed. kAll: the scales of all columns of its row,
-// not only of the 32 of a slice that the lane sums.
+// What a lane needs of slices [kFrom, kFrom + kCount) of a part of `size`: codes and scales, from a chunk that has landed. kAll: the scales
+// of all columns of its row, not only of the 32 of a slice that the lane sums.
 template <class S, int size, bool kLast, bool kAll = false, int kFrom = 0, int kCount = size>
 struct Loaded {
   using F = typename S::Format;
@@ -300,7 +299,7 @@ struct Loaded {
   using Raw = typename F::Scale::Raw;
   static constexpr int kLoads = F::Code::kBits / 4;       // of 16 bytes, a slice
   static constexpr int kPicks = F::kGroup == 0 ? 1 : kAll ? 128 / (F::kGroup ? F::kGroup : 1) : F::kGroup == 16 ? 2 : 1;  // in a slice
-  static constexpr int kBegin = kFrom, kSlices = kCount;
+  static constexpr int kSlices = kCount;
   static constexpr int kScales = F::kGroup ? kCount : 1;  // of a whole row: one, which comes with the last part
   static constexpr bool kOffsets = F::kOffset != Offset::kNone;
   uint4 raw[kCount][kLoads];
@@ -347,13 +346,13 @@ struct WholeRow {
 };
 
 // One lane's part of the product of a tile with x.
-template <class M, class S, int kBegin, int kEnd>
+template <class M, class S>
 struct CodedProduct {
   using F = typename S::Format;
   using Code = typename F::Code;
   using Scale = typename F::Scale;
   using Raw = typename Scale::Raw;
-  using X = CodedOperand<M, S, kBegin, kEnd>;
+  using X = CodedOperand<M, S>;
   static constexpr int kAtOnce = S::kFragments;  // slices that are loaded at a time, at most
   static constexpr int kBatchSlices = 4;  // of a batch of groups, at most
 
@@ -365,15 +364,13 @@ struct CodedProduct {
     if constexpr (F::kGroup == 0) clear();
   }
 
-  // Add the product of what was loaded of a part whose first slice is `kFirst`.
-  template <int kFirst, class Part>
+  // Add the product of what was loaded, whose first slice is `first` of x.
+  template <int first, class Part>
   FF_DEVICE void add(const Part& part, const X& x, u32 lane) {
-    constexpr int first = kFirst + Part::kBegin - kBegin;
     const u32 t = lane & 3;
 #pragma unroll
     for (int i = 0; i < Part::kSlices; i++) {
       const int slice = first + i;
-      if (slice < 0 || slice >= X::kSlices) continue;  // another's
       if constexpr (F::kGroup != 0) clear();
 #pragma unroll
       for (int p = 0; p < 4; p++) mma<Float16>(set[p], Code::operand(part.raw[i], p), x.value[slice][0], x.value[slice][1]);

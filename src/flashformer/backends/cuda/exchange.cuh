@@ -65,9 +65,8 @@ struct Wait {
 // When a warp looks for a vector that others publish. A look that comes too early costs them time, so each reader learns for each
 // stage how long its data takes: it looks for the first time about when the data came in the layers before, and never sooner than
 // an exchange can be. What is missing then is about to come: it looks again at once.
-// kLeast: cycles before the first look, at least.
 // NOTE: this decides when, never what: a result does not depend on it.
-template <class M, u32 kLeast = M::kFirstLook>
+template <class M>
 struct Looks {
   static constexpr u32 kStep = 64;  // cycles, sooner or later. NOTE: equal, or late readers would delay all, who then come later
   static constexpr u32 kLatest = 40000;
@@ -77,7 +76,6 @@ struct Looks {
   bool first = true;
 
   FF_DEVICE explicit Looks(u32 place) : delay(load_shared(place)), place(place) {}
-  FF_DEVICE Looks(u32 place, u32 since) : Looks(place) { wait.start = since; }  // its delay counts from then on
 
   // Before each look; false: give up.
   FF_DEVICE bool again(const Watch& watch) {
@@ -88,7 +86,7 @@ struct Looks {
   FF_DEVICE bool found(bool here, u32 lane) {
     here = __all_sync(kAllLanes, here);
     if (first && lane == 0) {
-      const u32 sooner = delay > kLeast + kStep ? delay - kStep : kLeast, later = delay < kLatest ? delay + kStep : delay;
+      const u32 sooner = delay > M::kFirstLook + kStep ? delay - kStep : M::kFirstLook, later = delay < kLatest ? delay + kStep : delay;
       store_shared(place, here ? sooner : later);
     }
     first = false;

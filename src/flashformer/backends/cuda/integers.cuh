@@ -98,14 +98,14 @@ using DigitTable = ByteTable<V, 2>;
 
 // ---- the product ----
 
-// Slices [kBegin, kEnd) of x as fixed point; made once a stage from the words that were gathered.
+// x as fixed point; made once a stage from the words that were gathered.
 // NOTE: at most 2^-14 of the largest value of a warp's columns is lost of each, which is less than the rounding to bf16 costs the largest alone.
-template <class M, class S, int kBegin, int kEnd>
+template <class M, class S>
 struct IntegerOperand {
   using F = typename S::Format;
   using Code = typename F::Code;
   using T = typename M::Value;
-  static constexpr int kSlices = kEnd - kBegin;
+  static constexpr int kSlices = S::kFragments;
   static constexpr bool kOffsets = F::kOffset != Offset::kNone;
   static constexpr float kZero = kOffsets ? 0 : Code::kZero;  // what is to be taken from all codes
   static constexpr int kSums = (kZero != 0 ? 1 : 0) + (kOffsets ? 1 : 0);
@@ -117,7 +117,7 @@ struct IntegerOperand {
 
   template <class X>
   FF_DEVICE void prepare(const X& from, u32 lane) {
-    const float magnitude = T::unpack((u16)warp_largest<kBegin, kEnd>(from.value));
+    const float magnitude = T::unpack((u16)warp_largest(from.value));
     u32 exponent = __float_as_uint(magnitude) >> 23;  // the largest value becomes 2^13 to 2^14
     exponent = exponent < 20 ? 20 : exponent;
     const float scale = __uint_as_float((267 - exponent) << 23);
@@ -134,7 +134,7 @@ struct IntegerOperand {
       constexpr float kMagic = 12582912.f + 128.f;
       u32 v[4];
 #pragma unroll
-      for (int j = 0; j < 4; j++) v[j] = __float_as_uint(fmaf(pick(from.value[kBegin + i][j >> 1], j & 1), scale, kMagic));
+      for (int j = 0; j < 4; j++) v[j] = __float_as_uint(fmaf(pick(from.value[i][j >> 1], j & 1), scale, kMagic));
       const u32 a = permute(v[0], v[1], 0x5140), b = permute(v[2], v[3], 0x5140);
       const u32 low = permute(a, b, 0x5410) ^ 0x80808080u, high = permute(a, b, 0x7632);
       const u32 other = __shfl_xor_sync(kAllLanes, odd ? high : low, 4);
@@ -169,13 +169,13 @@ struct IntegerOperand {
 };
 
 // One lane's part of the product of a tile with x.
-template <class M, class S, int kBegin, int kEnd>
+template <class M, class S>
 struct IntegerProduct {
   using F = typename S::Format;
   using Code = typename F::Code;
   using Scale = typename F::Scale;
   using Raw = typename Scale::Raw;
-  using X = IntegerOperand<M, S, kBegin, kEnd>;
+  using X = IntegerOperand<M, S>;
   using Sets = int[Code::kOperands][4];
   static constexpr int kAtOnce = Code::kDigits > 1 ? 2 : S::kFragments;  // slices that are loaded at a time, at most
   static constexpr int kBatchSlices = Code::kDigits > 1 ? 0 : 4;  // of a batch of groups, at most
@@ -184,14 +184,12 @@ struct IntegerProduct {
   Sets sets[F::kGroup ? 1 : Code::kDigits] = {};  // where all columns have one scale: over all slices
   WholeRow<S> row;
 
-  // Add the product of what was loaded of a part whose first slice is `kFirst`.
-  template <int kFirst, class Part>
+  // Add the product of what was loaded, whose first slice is `first` of x.
+  template <int first, class Part>
   FF_DEVICE void add(const Part& part, const X& x, u32 lane) {
-    constexpr int first = kFirst + Part::kBegin - kBegin;
 #pragma unroll
     for (int i = 0; i < Part::kSlices; i++) {
       const int slice = first + i;
-      if (slice < 0 || slice >= X::kSlices) continue;  // another's
       float sum = 0;
 #pragma unroll
       for (int digit = 0; digit < Code::kDigits; digit++) {

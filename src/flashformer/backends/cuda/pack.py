@@ -20,7 +20,7 @@ import numpy as np
 from ...errors import CheckpointError
 from ...formats import PLAIN, Format, encode
 from ...geometry import round_up
-from ...plan import Plan, Stage, prefix
+from ...plan import Plan, Stage
 from ...quant.forms import Form
 from ...tape import Tape, block_rows, scale_offsets, tile_offsets
 from .. import Progress
@@ -380,18 +380,15 @@ def gather_vectors(plan: Plan, vectors: Vectors, weights: Weights) -> tuple[np.n
 
 
 def pack_words(stages: Sequence[Stage], plan: Plan, shift: int) -> np.ndarray:
-    """Tile ranges of every block, uint32 [words, workers]: first << shift | count. The order is `Block::tiles` (roles.cuh).
+    """Tile ranges of every block, uint32 [words, workers]: first << shift | count. The order is `Block::tiles` (roles.cuh)."""
 
-    Where a stage has early tiles, their ranges follow.
-    """
-
-    def ranges(stage: Stage) -> list[np.ndarray]:
-        pairs = [(stage.first, stage.count)] + ([(prefix(stage.early.count), stage.early.count)] if stage.early else [])
-        return [np.array(first, np.uint32) << shift | np.array(count, np.uint32) for first, count in pairs]
+    def word(stage: Stage) -> np.ndarray:
+        return np.array(stage.first, np.uint32) << shift | np.array(stage.count, np.uint32)
 
     by_layer = {(s.layer, s.name): s for s in stages}
     combine = next(s for s in stages if s.kind == "combine")
-    words = [*ranges(stages[0]), *ranges(combine)]
+    words = [word(stages[0]), word(combine)]
     for layer in range(plan.config.num_layers):
-        words += [*ranges(by_layer[layer, "qkv"]), *ranges(by_layer[layer, "gate_up"])]
-    return np.stack([*words, *ranges(by_layer[-1, "head"])])
+        words += [word(by_layer[layer, "qkv"]), word(by_layer[layer, "gate_up"])]
+    words.append(word(by_layer[-1, "head"]))
+    return np.stack(words)

@@ -80,19 +80,6 @@ enum PassFlag : u32 {
   kAnySampling = 2,  // one of those is not chosen greedily, or reported
 };
 
-// The tile of a stage that is a block's number `local`: itself, or where some are handed on early, first those of a block that are, then the
-// others. `early` is as `tiles`, of the early ones alone. Python: tape.tile_order.
-template <class S>
-FF_DEVICE u32 tile_at(uint2 tiles, uint2 early, u32 local) {
-  if constexpr (S::kEarlyTiles == 0) {
-    return tiles.x + local;
-  } else {
-    constexpr u32 kEarly = S::kEarlyTiles, kLate = S::kPeriod - kEarly;
-    const u32 first = early.x + local, second = tiles.x - early.x + local - early.y;
-    return local < early.y ? first / kEarly * S::kPeriod + first % kEarly : second / kLate * S::kPeriod + kEarly + second % kLate;
-  }
-}
-
 // What a launch is told; `Params` is generated from one list that the host packs, too.
 template <class M>
 struct Block {
@@ -134,15 +121,10 @@ struct Block {
     if constexpr (M::kColumns > 1) return load_shared(shared + Layout<M>::kPass + 16 + (step & 1) * 4) & kAnyScored;
     return step + 1 >= p.forced_count || p.logits != nullptr;
   }
-  // Tiles of this block: (first, count). Word 0: residual owners, then combine; of each layer: qkv, gate_up; last: head. Behind the word of a
-  // stage that hands on some tiles early is that of these.
+  // Tiles of this block: (first, count). Word 0: residual owners, 1: combine, 2 + 2 l: qkv, 3 + 2 l: gate_up, last: head.
   FF_DEVICE uint2 tiles(int word) const {
     const u32 v = load_shared(shared + Layout<M>::kTiles + word * 4);
     return make_uint2(v >> 12, v & 4095);
-  }
-  template <class S>
-  FF_DEVICE uint2 early_tiles(int word) const {
-    return S::kEarlyTiles ? tiles(word + 1) : make_uint2(0, 0);
   }
   FF_DEVICE u32 looks_place(u32 stage) const { return shared + Layout<M>::kLooks + (warp * M::kStages + stage) * 4; }
   // Of several columns: the pass that is on its way. A column's number is below `columns`.
@@ -179,14 +161,9 @@ struct Consumer : Block<M> {
 
   FF_DEVICE u32 chunk_address() const { return this->shared + L::kRing + slot * M::kSlotBytes; }
   FF_DEVICE void acquire() const { barrier_wait(this->shared + L::kFull + slot * 8, phase, this->watch); }
-  FF_DEVICE void release() { leave<true>(); }
-  // On to the next chunk; kRelease: the slot of this one may be filled anew.
-  template <bool kRelease>
-  FF_DEVICE void leave() {
-    if constexpr (kRelease) {
-      __syncwarp();
-      if (this->lane == 0) barrier_arrive(this->shared + L::kEmpty + slot * 8);
-    }
+  FF_DEVICE void release() {
+    __syncwarp();
+    if (this->lane == 0) barrier_arrive(this->shared + L::kEmpty + slot * 8);
     if (++slot == L::kSlots) {
       slot = 0;
       phase ^= 1;
@@ -267,9 +244,8 @@ struct Finisher : Block<M> {
 
   // Norm weights of the owned rows, a residual stage ahead: the weights that stream by evict them from every cache, and a trip to
   // memory would be waited for. Each finisher keeps a copy of its own.
-  template <class S>
-  FF_DEVICE void fetch_gamma(const float* from, uint2 owned, uint2 early = {}) const {
-    for (u32 i = this->lane; i < owned.y * 8; i += 32) async_copy4(gamma_place(i), from + tile_at<S>(owned, early, i / 8) * 8 + i % 8);
+  FF_DEVICE void fetch_gamma(const float* from, uint2 owned) const {
+    for (u32 i = this->lane; i < owned.y * 8; i += 32) async_copy4(gamma_place(i), from + owned.x * 8 + i);
   }
   FF_DEVICE void await_gamma() const {
     async_wait();
