@@ -35,6 +35,7 @@ OPTIONS = (
 # The instructions that headers other than prelude.cuh have of their own, as gpu.cuh says them.
 INSTRUCTIONS = {
     "ld.relaxed.gpu.global.u64": "v = read_word(p);",
+    "ld.acquire.gpu.global.u64": "v = read_word(p);",
     "ld.relaxed.gpu.global.v2.u64": "read_words(p, a, b);",
     "st.relaxed.gpu.global.u64": "gpu::publish(p, join(value, tag));",
     "st.relaxed.gpu.global.v2.u64": "write_words(p, join(a, tag), join(b, tag));",

@@ -207,6 +207,7 @@ struct Word {
 inline Word split(u64 w) { return {u32(w), u32(w >> 32)}; }
 inline u64 join(u32 value, u32 tag) { return u64(tag) << 32 | value; }
 inline u64 load_word(const u64* p) { return yield(), *p; }
+inline u64 load_word_acquire(const u64* p) { return load_word(p); }
 inline void load_words(const u64* p, u64& a, u64& b) { yield(), a = p[0], b = p[1]; }
 inline void store_words(u64* p, u32 a, u32 b, u32 tag) { yield(), p[0] = join(a, tag), p[1] = join(b, tag); }
 

@@ -21,8 +21,7 @@ struct CombineColumns {
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const u32 tag = f.tag(step, layer), groups = ceil_div(f.columns(), kAtOnce), turns = tiles.y * groups;
     const Units<M> units(f);
-    const bool has_units = units.next < units.behind;
-    if (has_units) {
+    if (units.next < units.behind) {
       // Others publish their parts when our consumers do; who polls before that only slows them down.
       // NOTE: a block without a part could not wait here: its consumers may be several layers ahead.
       if (f.index < turns) barrier_wait(f.shared + Layout<M>::kAttended, f.attended & 1, f.watch);
@@ -43,12 +42,10 @@ struct CombineColumns {
       for (u32 base = slot; __any_sync(kAllLanes, base < pieces); base += kBatch * kSlots) {
         const auto exists = [&](u32 i) { return base + i * kSlots < pieces; };
         float weight[kWeighed] = {}, part[kWeighed] = {}, z[kBatch][2] = {};  // set, or they would stay alive through the whole kernel
-        Looks<M> looks(f.looks_place(S::kWhere));
-        looks.first = !has_units && turn == f.index && base == slot;
+        Wait wait;
         bool here;
 #pragma unroll 1
         do {
-          if (!looks.again(f.watch)) break;
           u64 softmax[kWeighed][2] = {}, w[kBatch][2] = {};
           const u64* const from = results + (u64)base * M::kPieceWords;
 #pragma unroll
@@ -70,7 +67,7 @@ struct CombineColumns {
             z[i][0] = value(w[i][0]);
             z[i][1] = value(w[i][1]);
           }
-        } while (!looks.found(here, f.lane));
+        } while (!__all_sync(kAllLanes, here) && !__any_sync(kAllLanes, wait.expired(f.watch)));
         float most = top;
 #pragma unroll
         for (int i = 0; i < kWeighed; i++)

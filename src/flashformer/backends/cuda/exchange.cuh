@@ -19,6 +19,13 @@ FF_DEVICE u64 load_word(const u64* p) {
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
   return v;
 }
+// What was written before the word was, by who fenced in between, is visible to who has read it. NOTE: a fence behind `load_word` would
+// do the same, but wait for the memory.
+FF_DEVICE u64 load_word_acquire(const u64* p) {
+  u64 v;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
 FF_DEVICE void load_words(const u64* p, u64& a, u64& b) {  // each of the two is atomic for itself
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
 }

@@ -71,12 +71,11 @@ FF_DEVICE void await_columns(const R& r, u32 tag) {
     if (!looks.again(r.watch)) break;
     u64 w[kWords];  // all at once: one trip a look
 #pragma unroll
-    for (int i = 0; i < kWords; i++) w[i] = r.lane + i * 32 < S::kInBlocks ? load_word(words + i * 32) : join(0, tag);
+    for (int i = 0; i < kWords; i++) w[i] = r.lane + i * 32 < S::kInBlocks ? load_word_acquire(words + i * 32) : join(0, tag);
     here = true;
 #pragma unroll
     for (int i = 0; i < kWords; i++) here = here && split(w[i]).tag == tag;
   } while (!looks.found(here, r.lane));
-  fence_device();
 }
 
 // The scales of an RMSNorm of columns t + 4 j in lane (g, t), from the blocks' sums of squares; for all finishers together.
