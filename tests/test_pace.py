@@ -10,7 +10,7 @@ from flashformer.backends.cuda import pace
 from flashformer.backends.cuda.pace import LONGEST, SHORTEST, Pace
 
 
-@pytest.mark.parametrize(("interval", "most_looks"), [(100e-6, 5), (3.6e-3, 12), (30e-3, 25)])
+@pytest.mark.parametrize(("interval", "most_looks"), [(100e-6, 5), (3.6e-3, 6), (30e-3, 20)])
 def test_few_looks_find_a_token_soon(monkeypatch: pytest.MonkeyPatch, interval: float, most_looks: int) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pace.time, "perf_counter", lambda: clock.now)
@@ -27,3 +27,17 @@ def test_few_looks_find_a_token_soon(monkeypatch: pytest.MonkeyPatch, interval: 
         if token > 1:
             assert looks <= most_looks and clock.now - comes <= 1.01 * SHORTEST
         comes += interval
+
+
+def test_nobody_asks_for_more_than_tokens_while_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock.now)
+    waits = Pace()
+    assert waits.overdue  # nothing is known yet
+    for _ in range(3):
+        clock.now += 3e-3
+        waits.made()
+    clock.now += 3.1e-3
+    assert not waits.overdue
+    clock.now += 1.5e-3 + LONGEST
+    assert waits.overdue

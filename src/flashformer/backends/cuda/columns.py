@@ -78,7 +78,9 @@ class Columns:
         marker, running, pace = context.event(), True, Pace()
         try:
             while running:
-                running = not context.done(marker)  # NOTE: before the look, so that no token is missed
+                ending = not any(part.open for part in parts)
+                if ending or pace.overdue:
+                    running = not context.done(marker)  # NOTE: before the look, so that no token is missed
                 news = False
                 for place, (number, part) in enumerate(zip(numbers, parts, strict=True)):
                     if part.turn.cancelled:
@@ -89,7 +91,7 @@ class Columns:
                 if news:
                     pace.made()
                 elif running:
-                    pace.wait()
+                    pace.wait(soon=ending)
         finally:
             self.cancel[: len(parts)] = 1
             context.use()
@@ -135,6 +137,7 @@ class _Part:
 
     def __init__(self, place: _Place, turn: Turn) -> None:
         self.place, self.turn, self.seen = place, turn, 0
+        self._ended = False
         plan, sampling = place.columns.runner.plan, turn.sampling
         vocab, positions = plan.config.vocab_size, plan.max_context + 1
         self._tokens_at, self._tokens = place.pinned("tokens", positions)
@@ -161,6 +164,11 @@ class _Part:
             stop_count=len(turn.stop), slot=turn.slot, start=turn.start, count=turn.count,
         )  # fmt: skip
 
+    @property
+    def open(self) -> bool:
+        """Whether another token is sure to come. Guesses may end it at any time."""
+        return not (self._ended or self.turn.drafts or self.turn.cancelled or self.seen == self.turn.count)
+
     def next_token(self, run: int) -> int | None:
         """The next token that has been made, if there is one."""
         if self.seen == self.turn.count:
@@ -173,6 +181,7 @@ class _Part:
         turn, index = self.turn, self.seen
         self.seen += 1
         error = token_error(token, turn.start + len(turn.tokens) - turn.drafts + index)
+        self._ended = error is not None or token in turn.stop
         scores = self.scores(index) if turn.sampling.logprobs is not None and not error else None
         return Made(number, token, seconds, scores, error)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 
 SHORTEST = 20e-6  # seconds between two looks
-LONGEST = 2e-3  # for what else may have happened meanwhile: an error, a cancellation
+LONGEST = 2e-3  # for what else may have happened meanwhile: a cancellation
+EARLY = 60e-6  # before a token is expected: a sleep takes about so much longer than it is asked to
 
 
 class Pace:
-    """Sleeps between looks: half of the time until the next token is expected, so that few looks find it soon after it has come.
+    """Sleeps between looks until shortly before the next token is expected, so that few looks find it soon after it has come.
 
     It is expected as long after the last one as that came after the one before.
     """
@@ -18,6 +19,11 @@ class Pace:
         self._last: float | None = None
         self._interval = 0.0
 
+    @property
+    def overdue(self) -> bool:
+        """Whether it is time to ask if anything is still on its way, which costs more than a look."""
+        return self._last is None or time.perf_counter() > self._last + 1.5 * self._interval + LONGEST
+
     def made(self) -> None:
         """A token has been found, or several that came together."""
         now = time.perf_counter()
@@ -25,7 +31,7 @@ class Pace:
             self._interval = now - self._last
         self._last = now
 
-    def wait(self) -> None:
-        """Before the next look."""
-        left = 0.0 if self._last is None else self._last + self._interval - time.perf_counter()
-        time.sleep(min(max(left / 2, SHORTEST), LONGEST))
+    def wait(self, soon: bool = False) -> None:
+        """Before the next look. soon: it is not for a token."""
+        left = 0.0 if soon or self._last is None else self._last + self._interval - time.perf_counter()
+        time.sleep(min(max(left - EARLY, SHORTEST), LONGEST))

@@ -286,7 +286,7 @@ class CudaRunner:
             while made < count:
                 word = int(self.tokens[made])
                 if word >> 32 != run:
-                    if self.context.done(marker) and int(self.tokens[made]) >> 32 != run:
+                    if pace.overdue and self.context.done(marker) and int(self.tokens[made]) >> 32 != run:
                         break
                     pace.wait()
                     continue
