@@ -82,6 +82,13 @@ def test_a_cache_of_8_bits(
         assert_near(check_runner(runner, reference, sample_tokens(runner.plan.config, 36, seed=3)), 2e-2)
 
 
+def test_too_little_memory_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
+    monkeypatch.setattr(Context, "free_bytes", lambda self: 1 << 20)
+    monkeypatch.setattr("flashformer.backends.cuda.runner.rope_table", lambda *_: pytest.fail("it computed something first"))
+    with pytest.raises(DeviceError, match=r"needs .* GB on the GPU .* 0\.0 are free"), running(tmp_path, device):
+        pass
+
+
 def check_codes(folder: Path, device: Device, forms: Mapping[str, Any], **config: Any) -> list[Geometry]:
     """How the linear stages of a model of one layer are cut, which has matrices in other forms and is right."""
     write_folder(folder, make_config(**{**SMALL, "num_hidden_layers": 1, **config}))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from flashformer.backends.cuda import pace
-from flashformer.backends.cuda.pace import LONGEST, SHORTEST, Pace
+from flashformer.backends.cuda.pace import LONGEST, SHORTEST, SLACK, Pace
 
 
 @pytest.mark.parametrize(("interval", "most_looks"), [(100e-6, 5), (3.6e-3, 6), (30e-3, 20)])
@@ -39,5 +39,5 @@ def test_nobody_asks_for_more_than_tokens_while_they_come(monkeypatch: pytest.Mo
         waits.made()
     clock.now += 3.1e-3
     assert not waits.overdue
-    clock.now += 1.5e-3 + LONGEST
+    clock.now += 1.5e-3 + SLACK
     assert waits.overdue

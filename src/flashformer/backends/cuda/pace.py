@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 SHORTEST = 20e-6  # seconds between two looks
-LONGEST = 2e-3  # for what else may have happened meanwhile: a cancellation
+LONGEST = 10e-3  # for what else may have happened meanwhile: a cancellation
+SLACK = 2e-3  # that a token may be late
 EARLY = 60e-6  # before a token is expected: a sleep takes about so much longer than it is asked to
 
 
@@ -22,7 +23,7 @@ class Pace:
     @property
     def overdue(self) -> bool:
         """Whether it is time to ask if anything is still on its way, which costs more than a look."""
-        return self._last is None or time.perf_counter() > self._last + 1.5 * self._interval + LONGEST
+        return self._last is None or time.perf_counter() > self._last + 1.5 * self._interval + SLACK
 
     def made(self) -> None:
         """A token has been found, or several that came together."""

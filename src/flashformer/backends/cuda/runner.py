@@ -10,7 +10,7 @@ import ctypes
 import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -90,17 +90,16 @@ class CudaRunner:
         self.kernel: Kernel = compile_source(self.source.text, plan.target)
         tools = compile_source('#include "code_tools.cuh"\n', plan.target, "cuda-tools")
         progress("compiling", 1, 1)
-        with ThreadPoolExecutor(1) as pool:
-            rope = pool.submit(rope_table, plan.config, plan.max_context)  # a thread has it ready before the weights are packed
-            self.context = Context(self.info.ordinal)
-            try:
-                self._load(weights, rope, tools, progress)
-                self.many = Columns(self) if self.columns > 1 else None
-            except BaseException:
-                self.context.close()
-                raise
+        self.context = Context(self.info.ordinal)
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                self._load(weights, tools, progress, pool)
+            self.many = Columns(self) if self.columns > 1 else None
+        except BaseException:
+            self.context.close()
+            raise
 
-    def _load(self, weights: Weights, rope: Future[np.ndarray], tools: Kernel, progress: Progress) -> None:
+    def _load(self, weights: Weights, tools: Kernel, progress: Progress, pool: Executor) -> None:
         """Claim memory, pack the weights, and make ready to launch."""
         plan, context = self.plan, self.context
         tape: Tape = lay_tapes(plan)
@@ -114,6 +113,7 @@ class CudaRunner:
                 f"{kv_bytes / 1e9:.1f} KV cache for {plan.slots} x {plan.max_context} positions), {free / 1e9:.1f} are free; "
                 "choose a smaller --max-context or a smaller model"
             )
+        rope = pool.submit(rope_table, plan.config, plan.max_context)  # a thread has it ready before the weights are packed
         self.function = self.ready(self.kernel, plan)
         self.tools = context.load(tools.cubin)
         if context.blocks_per_sm(self.function, threads(plan), plan.target.shared_bytes) < 1:
