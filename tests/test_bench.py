@@ -26,6 +26,7 @@ from flashformer.checkpoint import check_tensors
 from flashformer.cli import main
 from flashformer.config import ModelConfig, RopeScaling
 from flashformer.errors import CheckpointError, DeviceError, InputError
+from flashformer.formats import NAMED
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
 from flashformer.records import Record, load_records, results_file, save
@@ -103,6 +104,17 @@ def test_random_weights_are_a_checkpoint(config: ModelConfig) -> None:
             weights.tokenizer()
         logits = Reference(build_graph(config), weights).logits(range(20))
         assert 0.3 < logits.std() < 3  # activations stay of order one
+
+
+@pytest.mark.parametrize("name", ["bf16", "int4"])
+def test_values_do_not_depend_on_how_threads_share_them(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    weights, matrix = RandomWeights(SMALL, format=NAMED[name]), "model.layers.0.mlp.down_proj.weight"
+    form = weights.form(matrix)
+    expected = weights.read(matrix) if form is None else form.dequantize()
+    monkeypatch.setattr("flashformer.backends.cuda.random_weights.BLOCK", 5 * expected.shape[1])
+    for rows in (slice(None), slice(3, 24)):
+        values = weights.values(matrix, rows)
+        assert values.dtype == expected.dtype and np.array_equal(values, expected[rows])
 
 
 def test_the_kernel_gets_the_vectors_that_the_reference_reads() -> None:

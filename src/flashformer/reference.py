@@ -29,6 +29,7 @@ class Reference:
         total = sum(int(np.prod(w.shape)) for w in graph.weights().values()) * self.dtype.itemsize
         self._kept: dict[str, np.ndarray] | None = {} if total <= CACHE_BYTES else None
         self._last_use = {value: i for i, op in enumerate(graph.operators) for value in op.inputs}
+        self._last_attention = max(i for i, op in enumerate(graph.operators) if op.kind == "attention")
 
     def logits(self, tokens: Sequence[int], start: int = 0, last: int | None = None) -> np.ndarray:
         """Scores of the token after each of `tokens`, [len(tokens), vocab], or after the `last` of them.
@@ -57,14 +58,16 @@ class Reference:
         values: dict[str, np.ndarray] = {"token": tokens}
         *body, head, _ = self.graph.operators
         for index, op in enumerate(body):
+            if index == self._last_attention:  # of the other positions nothing but keys and values is needed from here on
+                values = {name: x if name in op.inputs[1:] else x[len(tokens) - len(out) :] for name, x in values.items()}
             inputs = [values[name] for name in op.inputs]
             values[op.output] = reference_of(op.kind)(op, inputs, self._weights(op), self.state)
             for name in op.inputs:
                 if self._last_use[name] == index:
                     values.pop(name, None)
-        if len(out):
-            x = values[head.inputs[0]][len(tokens) - len(out) :]
-            out[:] = reference_of(head.kind)(head, [x], self._weights(head), self.state)
+            if index == self._last_attention and not len(out):
+                return
+        out[:] = reference_of(head.kind)(head, [values[head.inputs[0]]], self._weights(head), self.state)
 
     def _weights(self, op: Operator) -> list[np.ndarray]:
         """An operator's weights, converted."""

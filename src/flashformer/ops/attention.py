@@ -53,23 +53,26 @@ def round_trip(x: np.ndarray, kv_type: KvType) -> np.ndarray:
 
 
 def reference(op: Operator, inputs: Sequence[np.ndarray], weights: Sequence[np.ndarray], state: State) -> np.ndarray:
-    """Softmax(q k^T / sqrt(head_dim)) v over all positions up to each one; keeps this block's keys and values in `state`."""
+    """Softmax(q k^T / sqrt(head_dim)) v over all positions up to each one; keeps this block's keys and values in `state`.
+
+    There may be fewer queries than keys: they are those of the block's last positions.
+    """
     head_dim, kv_heads = op.attributes["head_dim"], op.attributes["kv_heads"]
-    q, k, v = (x.reshape(len(x), -1, head_dim) for x in inputs)
+    q, k, v = (x.reshape(len(x), x.shape[-1] // head_dim, head_dim) for x in inputs)
     if state.kv_type != "native":
         k = mix(round_trip(mix(k), state.kv_type)) / q.dtype.type(head_dim & -head_dim)
         v = round_trip(v, state.kv_type)
     keys = state.keys[op.layer] = np.concatenate((state.keys[op.layer][: state.start], k)) if state.start else k
     values = state.values[op.layer] = np.concatenate((state.values[op.layer][: state.start], v)) if state.start else v
-    group = q.shape[1] // kv_heads
+    group, start = q.shape[1] // kv_heads, state.start + len(k) - len(q)
     out = np.empty_like(q)
     for head in range(q.shape[1]):
         key, value = keys[:, head // group], values[:, head // group]
         for first in range(0, len(q), ROWS):
             rows = q[first : first + ROWS, head]
-            seen = state.start + first + len(rows)
+            seen = start + first + len(rows)
             scores = rows @ key[:seen].T / q.dtype.type(np.sqrt(head_dim))
-            later = np.arange(seen)[None] > state.start + first + np.arange(len(rows))[:, None]
+            later = np.arange(seen)[None] > start + first + np.arange(len(rows))[:, None]
             scores[later] = -np.inf
             scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
             out[first : first + ROWS, head] = scores @ value[:seen] / scores.sum(axis=-1, keepdims=True)
