@@ -99,12 +99,14 @@ MODELS = [
     (16, "sm_90", 0, "bfloat16", False), (4, "sm_80", 48 << 10, "float16", True), (8, "sm_90", 80 << 10, "bfloat16", False),
     (2, "sm_90", 132 << 10, "float16", False), (8, "sm_80", 80 << 10, "bfloat16", True),
 ]  # fmt: skip
+HELD = [(2, "sm_90", 132 << 10, "bfloat16", False), (4, "sm_90", 132 << 10, "bfloat16", False)]  # where integers meet all of x
 
 
+@pytest.mark.parametrize("model", [None, *HELD], ids=["in turn", "two", "four"])
 @pytest.mark.parametrize("number", range(len(MODELS)), ids=lambda i: ", ".join(list(FORMS)[i * len(STAGES) : (i + 1) * len(STAGES)]))
-def test_codes(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes(number: int, model: tuple[int, str, int, str, bool] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage in another format."""
-    columns, arch, panel_bytes, dtype, batches = MODELS[number]
+    columns, arch, panel_bytes, dtype, batches = model or MODELS[number]
     names = list(FORMS)
     chosen = {stage: FORMS[names[(number * len(STAGES) + i) % len(names)]] for i, stage in enumerate(STAGES)}
     others = {part: chosen[stage][0] for stage, parts in STAGES.items() for part in parts}

@@ -3,7 +3,7 @@
 // No bit of a column depends on the others: a column of the instructions' results is made of that column of x alone, in the same order
 // however many there are. What lies in the place of columns that do not exist is never looked at.
 #pragma once
-#include "codes_columns.cuh"
+#include "integers_columns.cuh"
 #include "linear.cuh"
 #include "panel.cuh"
 #include "sample_columns.cuh"
@@ -23,11 +23,13 @@ struct PlainColumns {
   };
   float total[kGroups] = {};
 
-  // Add a part. place(cell, cells): where this lane finds so many cells of x.
+  static FF_DEVICE void prepare(Panel<M, S>&) {}
+
+  // Add a part. place(cell, cells): where so many cells of x are.
   template <int size, bool kLast, class Place>
-  FF_DEVICE void add(const Part<size, kLast>& part, u32 columns, Place place) {
-    const u32 x = place(0, size);
-    with_groups<kGroups, 2>(columns, [&](auto first, auto n) {
+  FF_DEVICE void add(const Part<size, kLast>& part, const Panel<M, S>& panel, Place place) {
+    const u32 x = place(0, size) + panel.own();
+    with_groups<kGroups, 2>(panel.columns, [&](auto first, auto n) {
       float d[n.value][4] = {};
 #pragma unroll
       for (int i = 0; i < size; i++)
@@ -41,7 +43,7 @@ struct PlainColumns {
     });
   }
   template <int size, bool kLast>
-  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>&) const {
+  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>&, u32) const {
 #pragma unroll
     for (int j = 0; j < kGroups; j++) sums[j] = total[j];
   }
@@ -53,7 +55,7 @@ struct ColumnSums {
 };
 template <class M, class S>
 struct ColumnSums<M, S, true> {
-  using Type = CodedColumns<M, S>;
+  using Type = CodeSums<M, S>;
 };
 
 template <class M, class S>
@@ -76,6 +78,7 @@ struct LinearColumns {
     c.sync();
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
     Panel<M, S> panel(c, (groups + S::kTogether - 1) / S::kTogether);
+    Sums::prepare(panel);
 #pragma unroll 1
     for (Batch batch{tiles, groups, 0}; batch.first < groups; batch.first += S::kTogether) {
       Sums sums[S::kTogether];
@@ -199,22 +202,21 @@ struct LinearColumns {
   static FF_DEVICE void add_parts(
       Consumer<M>& c, Panel<M, S>& panel, Sums (&sums)[S::kTogether], const Batch& batch, u32 parts, bool ends) {
     constexpr u32 kCells = S::kFragmentColumns / 32;
-    const u32 own = c.lane * 8 % panel.kCellBytes;
 #pragma unroll 1
     for (u32 part = 0; part < parts; part++) {
       u32 x = 0;
-      if constexpr (S::kTogether > 1) x = panel.next(size * kCells) + own;
-      const auto place = [&](u32 cell, u32 cells) { return S::kTogether > 1 ? x + cell * panel.kCellBytes : panel.next(cells) + own; };
+      if constexpr (S::kTogether > 1) x = panel.next(size * kCells);
+      const auto place = [&](u32 cell, u32 cells) { return S::kTogether > 1 ? x + cell * panel.kCellBytes : panel.next(cells); };
 #pragma unroll 1
       for (u32 i = 0; i < S::kTogether; i++) {
         const u32 group = batch.first + i;
         if (group < batch.groups) {
           typename Sums::template Part<size, kLast> now;
           load_part<S>(c, now, batch.tiles, batch.groups, group);
-          sums[0].add(now, panel.columns, place);
+          sums[0].add(now, panel, place);
           if (ends && part + 1 == parts) {
             float all[kGroups];
-            sums[0].result(all, now);
+            sums[0].result(all, now, c.lane);
             c.hand_over(all);
           }
         }

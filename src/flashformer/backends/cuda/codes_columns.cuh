@@ -180,9 +180,11 @@ struct CodedColumns {
   float total[kGroups] = {};
   float plain[kGroups] = {};  // kRow: sum of x, where there are offsets
 
-  // Add a part. place(cell, cells): where this lane finds so many cells of x.
+  static FF_DEVICE void prepare(Panel<M, S>&) {}
+
+  // Add a part. place(cell, cells): where so many cells of x are.
   template <int size, bool kLast, class Place>
-  FF_DEVICE void add(const Part<size, kLast>& part, u32 columns, Place place) {
+  FF_DEVICE void add(const Part<size, kLast>& part, const Panel<M, S>& panel, Place place) {
 #pragma unroll
     for (int i = 0; i < size; i++) {
       uint4 a[4][Values::kTerms];
@@ -190,8 +192,8 @@ struct CodedColumns {
       for (int p = 0; p < 4; p++)
 #pragma unroll
         for (int k = 0; k < Values::kTerms; k++) a[p][k] = Values::operand(part.raw[i], p, k);
-      const u32 x = place(4 * i, 4);
-      with_groups<kGroups, kOffsets ? 1 : 2>(columns, [&](auto first, auto n) {
+      const u32 x = place(4 * i, 4) + panel.own();
+      with_groups<kGroups, kOffsets ? 1 : 2>(panel.columns, [&](auto first, auto n) {
         float d[4 / kCells][n.value][4] = {}, ones[4 / kCells][n.value][4] = {};
 #pragma unroll
         for (int p = 0; p < 4; p++)
@@ -212,7 +214,7 @@ struct CodedColumns {
 
   // With the last part.
   template <int size, bool kLast>
-  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>& part) const {
+  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>& part, u32) const {
     WholeRow<S> row;
     row.take(part);
 #pragma unroll

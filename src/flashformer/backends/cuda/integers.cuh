@@ -96,10 +96,40 @@ struct ByteTable {
 template <class V>
 using DigitTable = ByteTable<V, 2>;
 
-// ---- the product ----
+// ---- x ----
 
-// x as fixed point; made once a stage from the words that were gathered.
-// NOTE: at most 2^-14 of the largest value of a warp's columns is lost of each, which is less than the rounding to bf16 costs the largest alone.
+// 15-bit fixed point of values of which the largest magnitude has these bits.
+// NOTE: at most 2^-14 of that is lost of each value, which is less than the rounding to bf16 costs the largest alone.
+template <class T>
+struct FixedPoint {
+  float scale, factor;  // to fixed point, and back
+
+  FF_DEVICE explicit FixedPoint(u32 largest) {
+    u32 exponent = __float_as_uint(T::unpack((u16)largest)) >> 23;  // the largest value becomes 2^13 to 2^14
+    exponent = exponent < 20 ? 20 : exponent;
+    scale = __uint_as_float((267 - exponent) << 23);
+    factor = __uint_as_float((exponent - 13) << 23);
+    if (exponent == 255) factor = __int_as_float(0x7fffffff);  // integers cannot say what is not finite
+  }
+  // Of two pairs of values the high halves, and the low ones: four bytes each.
+  FF_DEVICE uint2 halves(u32 first, u32 second) const {
+    // Integers in the mantissas of 1.5 * 2^23 + 128 + value: byte 1 is the high half, byte 0 the low half plus 128.
+    constexpr float kMagic = 12582912.f + 128.f;
+    u32 v[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = __float_as_uint(fmaf(pick(j >> 1 ? second : first, j & 1), scale, kMagic));
+    const u32 a = permute(v[0], v[1], 0x5140), b = permute(v[2], v[3], 0x5140);
+    return make_uint2(permute(a, b, 0x7632), permute(a, b, 0x5410) ^ 0x80808080u);
+  }
+
+ private:
+  static FF_DEVICE float pick(u32 pair, int i) {
+    if constexpr (T::kIsHalf) return T::unpack((u16)(i ? pair >> 16 : pair));
+    return __uint_as_float(i ? pair & 0xffff0000u : pair << 16);
+  }
+};
+
+// x as fixed point, with one scale for a warp's columns; made once a stage from the words that were gathered.
 template <class M, class S>
 struct IntegerOperand {
   using F = typename S::Format;
@@ -117,12 +147,8 @@ struct IntegerOperand {
 
   template <class X>
   FF_DEVICE void prepare(const X& from, u32 lane) {
-    const float magnitude = T::unpack((u16)warp_largest(from.value));
-    u32 exponent = __float_as_uint(magnitude) >> 23;  // the largest value becomes 2^13 to 2^14
-    exponent = exponent < 20 ? 20 : exponent;
-    const float scale = __uint_as_float((267 - exponent) << 23);
-    factor = __uint_as_float((exponent - 13) << 23) * Code::kFactor * (lane & 2 ? 1 / Code::kUpperFactor : 1);
-    if (exponent == 255) factor = __int_as_float(0x7fffffff);  // integers cannot say what is not finite
+    const FixedPoint<T> point(warp_largest(from.value));
+    factor = point.factor * (Code::kFactor * (lane & 2 ? 1 / Code::kUpperFactor : 1));
     const bool odd = lane & 4, upper = lane & 16;
 #pragma unroll
     for (int i = 0; i < kSumSlices; i++)
@@ -130,13 +156,8 @@ struct IntegerOperand {
       for (int j = 0; j < kSums; j++) sum[i][j] = 0;
 #pragma unroll
     for (int i = 0; i < kSlices; i++) {
-      // Integers in the mantissas of 1.5 * 2^23 + 128 + value: byte 1 is the high half, byte 0 the low half plus 128.
-      constexpr float kMagic = 12582912.f + 128.f;
-      u32 v[4];
-#pragma unroll
-      for (int j = 0; j < 4; j++) v[j] = __float_as_uint(fmaf(pick(from.value[i][j >> 1], j & 1), scale, kMagic));
-      const u32 a = permute(v[0], v[1], 0x5140), b = permute(v[2], v[3], 0x5140);
-      const u32 low = permute(a, b, 0x5410) ^ 0x80808080u, high = permute(a, b, 0x7632);
+      const uint2 halves = point.halves(from.value[i][0], from.value[i][1]);
+      const u32 high = halves.x, low = halves.y;
       const u32 other = __shfl_xor_sync(kAllLanes, odd ? high : low, 4);
       const u32 b0 = odd ? other : high, b1 = odd ? low : other;
       if constexpr (kSums > 0) {
@@ -161,12 +182,9 @@ struct IntegerOperand {
     else return x[slice][f][r];
   }
 
- private:
-  static FF_DEVICE float pick(u32 pair, int i) {
-    if constexpr (T::kIsHalf) return T::unpack((u16)(i ? pair >> 16 : pair));
-    return __uint_as_float(i ? pair & 0xffff0000u : pair << 16);
-  }
 };
+
+// ---- the product ----
 
 // One lane's part of the product of a tile with x.
 template <class M, class S>

@@ -122,10 +122,14 @@ FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kCol
 // Where there is no room for all, they come anew for each batch of groups of tiles, but for the first ones, which stay.
 template <class M, class S>
 struct Panel {
+  static constexpr bool kSlices = S::kCoded && S::kTogether == 1;
+  static constexpr int kSteps = kSlices ? S::kFragments : S::kParts;
+  static constexpr bool kHeld = S::kHeldSteps == kSteps;
   static constexpr u32 kCellBytes = M::kColumns * 64;  // of all columns
   u32 lane, columns;
 
-  FF_DEVICE Panel(const Consumer<M>& c, u32 batches) : lane(c.lane), columns(c.columns()), missing(kSteps * (kHeld ? 1 : batches)) {
+  FF_DEVICE Panel(const Consumer<M>& c, u32 batches)
+      : lane(c.lane), columns(c.columns()), shared(c.shared), missing(kSteps * (kHeld ? 1 : batches)) {
     from = reinterpret_cast<const u8*>(c.words(S::kInput)) + (c.warp % S::kWarpsColumns * S::kCells) * kCellBytes + lane * 16;
     const u32 first = c.shared + Layout<M>::kPanel + c.warp * kBytes;
     end = first + kBytes;
@@ -143,11 +147,12 @@ struct Panel {
     __syncwarp();
     return advance(used, cells);
   }
+  // Where a lane's 16-bit values of a cell are, from its place.
+  FF_DEVICE u32 own() const { return lane * 8 % kCellBytes; }
+  // Where the scales of a slice's columns are kept, a float each; `at` is its place.
+  FF_DEVICE u32 scales(u32 at) const { return shared + Layout<M>::kPanelScales + (at - shared - Layout<M>::kPanel) / 64; }
 
  private:
-  static constexpr bool kSlices = S::kCoded && S::kTogether == 1;
-  static constexpr int kSteps = kSlices ? S::kFragments : S::kParts;
-  static constexpr bool kHeld = S::kHeldSteps == kSteps;
   static constexpr int kAhead = !kHeld ? S::kBuffers - 1 : kSteps < 4 ? kSteps : 4;
   static constexpr u32 kFragmentCells = S::kFragmentColumns / 32;
   static constexpr u32 kLarger = kSlices ? 0 : S::kFragments % S::kParts;  // steps with one fragment more: the first ones
@@ -157,6 +162,7 @@ struct Panel {
   };
   static constexpr u32 kStepBytes = S::kStepCells * kCellBytes;
   static constexpr u32 kBytes = S::kHeldCells * kCellBytes + S::kBuffers * kStepBytes;  // of a warp
+  u32 shared;
   const u8* from;  // this warp's first cell
   u32 end;         // of this warp's memory
   Cursor fetched, used;
