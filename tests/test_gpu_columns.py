@@ -86,7 +86,7 @@ def test_random_companions_change_no_bit(tmp_path: Path, columns: int, kv_type: 
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "fp8", "mxfp4", "nf4", "nvfp4"])
-@pytest.mark.parametrize("columns", [4, 16])
+@pytest.mark.parametrize("columns", [2, 4, 16])
 def test_codes(name: str, columns: int) -> None:
     config = replace(shape("llama-3.2-1b"), num_layers=2, vocab_size=20_011)
     weights = RandomWeights(config, format=NAMED[name])
