@@ -163,6 +163,15 @@ struct CodeValues<T, F, Byte> {
   }
 };
 
+// total + scale (sum of code * x - zero * plain) + minimum * plain.
+template <class F>
+FF_DEVICE float add_scaled(float total, float sum, float plain, typename F::Scale::Raw scale, typename F::Scale::Raw offset) {
+  // NOTE: said in full, so that no bit depends on which of the code's copies it is (`with_groups`).
+  if constexpr (F::kOffset == Offset::kZero) sum = fmaf(-F::Scale::value(offset), plain, sum);
+  total = fmaf(F::Scale::value(scale), sum, total);
+  return F::kOffset == Offset::kMinimum ? fmaf(F::Scale::value(offset), plain, total) : total;
+}
+
 // One lane's part of the product of a tile with all columns: row g, columns t + 4 j.
 template <class M, class S>
 struct CodedColumns {
@@ -219,7 +228,7 @@ struct CodedColumns {
     row.take(part);
 #pragma unroll
     for (int j = 0; j < kGroups; j++) {
-      const float sum = kRow ? scaled(0, total[j], plain[j], row.scale, row.offset) : total[j];
+      const float sum = kRow ? add_scaled<F>(0, total[j], plain[j], row.scale, row.offset) : total[j];
       sums[j] = row.divided(sum * Values::kFactor);
     }
   }
@@ -236,19 +245,12 @@ struct CodedColumns {
       if constexpr (kOffsets) plain[j] += ones[0] + ones[3];
     } else if constexpr (F::kGroup == 16) {
       const auto &scale = part.scale[slice], &offset = part.offset[slice];
-      total[j] = scaled(total[j], d[0], ones[0], scale[2 * cell], offset[2 * cell]);
-      total[j] = scaled(total[j], d[3], ones[3], scale[2 * cell + 1], offset[2 * cell + 1]);
+      total[j] = add_scaled<F>(total[j], d[0], ones[0], scale[2 * cell], offset[2 * cell]);
+      total[j] = add_scaled<F>(total[j], d[3], ones[3], scale[2 * cell + 1], offset[2 * cell + 1]);
     } else {
       const int group = cell * 32 / F::kGroup;
-      total[j] = scaled(total[j], d[0] + d[3], ones[0] + ones[3], part.scale[slice][group], part.offset[slice][group]);
+      total[j] = add_scaled<F>(total[j], d[0] + d[3], ones[0] + ones[3], part.scale[slice][group], part.offset[slice][group]);
     }
   }
   static constexpr u32 kOnes = power_pair<T>(0);
-  // total + scale (sum of code * x - zero * plain) + minimum * plain.
-  static FF_DEVICE float scaled(float total, float sum, float plain, typename Scale::Raw scale, typename Scale::Raw offset) {
-    // NOTE: said in full, so that no bit depends on which of the code's copies it is (`with_groups`).
-    if constexpr (F::kOffset == Offset::kZero) sum = fmaf(-Scale::value(offset), plain, sum);
-    total = fmaf(Scale::value(scale), sum, total);
-    return F::kOffset == Offset::kMinimum ? fmaf(Scale::value(offset), plain, total) : total;
-  }
 };

@@ -99,8 +99,8 @@ struct IntegerColumns {
             const auto& scale = part.scale[i];
             const auto& offset = part.offset[i];
             if constexpr (kTwo && F::kGroup == 32)
-              slice = scaled(slice, sum, all, odd ? scale[2 * f + 1] : scale[2 * f], odd ? offset[2 * f + 1] : offset[2 * f]);
-            else slice = scaled(slice, sum, all, scale[(2 * f + j) * 32 / kColumnsOfScale], offset[(2 * f + j) * 32 / kColumnsOfScale]);
+              slice = add_scaled<F>(slice, sum, all, odd ? scale[2 * f + 1] : scale[2 * f], odd ? offset[2 * f + 1] : offset[2 * f]);
+            else slice = add_scaled<F>(slice, sum, all, scale[(2 * f + j) * 32 / kColumnsOfScale], offset[(2 * f + j) * 32 / kColumnsOfScale]);
           }
         }
       }
@@ -116,7 +116,7 @@ struct IntegerColumns {
     WholeRow<S> row;
     row.take(part);
     float sum = of_column(total, lane);
-    if constexpr (kRow) sum = scaled(0, sum, of_column(plain, lane), row.scale, row.offset);
+    if constexpr (kRow) sum = add_scaled<F>(0, sum, of_column(plain, lane), row.scale, row.offset);
     sums[0] = row.divided(sum * Code::kFactor);
   }
 
@@ -134,12 +134,6 @@ struct IntegerColumns {
     if constexpr (!kTwo) return sum;
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     return __shfl_sync(kAllLanes, sum, (lane & ~3u) + 2 * (lane & 1));
-  }
-  // total + scale (sum of code * x - zero * plain) + minimum * plain.
-  static FF_DEVICE float scaled(float total, float sum, float plain, typename Scale::Raw scale, typename Scale::Raw offset) {
-    if constexpr (F::kOffset == Offset::kZero) sum = fmaf(-Scale::value(offset), plain, sum);
-    total = fmaf(Scale::value(scale), sum, total);
-    return F::kOffset == Offset::kMinimum ? fmaf(Scale::value(offset), plain, total) : total;
   }
 };
 
