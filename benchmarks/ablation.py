@@ -12,22 +12,23 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from variants import build, parameters, place
+from variants import build
 
 from flashformer.backends.cuda import CudaRunner, RandomWeights, load
 from flashformer.backends.cuda.compile import Kernel
-from flashformer.backends.cuda.runner import chunk_table
+from flashformer.backends.cuda.runner import chunk_table, owners
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import DeviceError, FlashFormerError
 from flashformer.plan import Plan, Stage, prefix, retarget, spread
 from flashformer.records import Kept, results_file, save, whence
 from flashformer.shapes import shape
-from flashformer.tape import Tape
+from flashformer.tape import Tape, lay_tapes
 from flashformer.targets import Target
 from flashformer.validate import validate
 
@@ -180,6 +181,31 @@ class Ablation(Kept):
     def key(self) -> tuple[object, ...]:
         """See `Kept`."""
         return self.gpu, self.model, self.context, self.technique, self.instead
+
+
+def place(runner: CudaRunner, plan: Plan, table: Callable[[Plan, Tape], np.ndarray] | None = None) -> dict[str, int]:
+    """Upload what tells the blocks which tiles they own and where their chunks are, as far as it differs: the kernel's parameters.
+
+    table: makes another table of chunks than the usual one.
+    """
+    if table is None and plan.stages == runner.plan.stages:
+        return {}
+    tape = lay_tapes(plan)
+    assert tape.nbytes <= runner.arena_bytes
+    return owners(runner.context, plan, tape, (table or chunk_table)(plan, tape))
+
+
+@contextmanager
+def parameters(runner: CudaRunner, given: Mapping[str, int]) -> Iterator[None]:
+    """Launch with these parameters for a while."""
+    usual = {name: getattr(runner.params, name) for name in given}
+    for name, value in given.items():
+        setattr(runner.params, name, value)
+    try:
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(runner.params, name, value)
 
 
 def time_launches(runner: CudaRunner, start: int, count: int) -> tuple[float, list[int]]:

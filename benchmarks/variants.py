@@ -14,24 +14,17 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from flashformer.backends.cuda import CudaRunner
 from flashformer.backends.cuda.codegen import generate, include_paths
 from flashformer.backends.cuda.compile import Kernel, run_nvrtc
-from flashformer.backends.cuda.runner import chunk_table, owners
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import FlashFormerError
 from flashformer.formats import NAMED
 from flashformer.plan import Plan, retarget
 from flashformer.shapes import shape
-from flashformer.tape import Tape, lay_tapes
 
 
 def patched(patches: list[list[str]]) -> dict[str, str]:
@@ -62,31 +55,6 @@ def changed(plan: Plan, variant: dict[str, Any]) -> Plan:
     return retarget(plan, **fields)
 
 
-def place(runner: CudaRunner, plan: Plan, table: Callable[[Plan, Tape], np.ndarray] | None = None) -> dict[str, int]:
-    """Upload what tells the blocks which tiles they own and where their chunks are, as far as it differs: the kernel's parameters.
-
-    table: makes another table of chunks than the usual one.
-    """
-    if table is None and plan.stages == runner.plan.stages:
-        return {}
-    tape = lay_tapes(plan)
-    assert tape.nbytes <= runner.arena_bytes
-    return owners(runner.context, plan, tape, (table or chunk_table)(plan, tape))
-
-
-@contextmanager
-def parameters(runner: CudaRunner, given: Mapping[str, int]) -> Iterator[None]:
-    """Launch with these parameters for a while."""
-    usual = {name: getattr(runner.params, name) for name in given}
-    for name, value in given.items():
-        setattr(runner.params, name, value)
-    try:
-        yield
-    finally:
-        for name, value in usual.items():
-            setattr(runner.params, name, value)
-
-
 def measure(model: str, variants: dict[str, Any], context: int, tokens: int, repeats: int, weights: str = "bf16") -> None:
     """Print one line a variant: time, share of the read ceiling, what a layer loses, registers, and whether the tokens are the same."""
     from flashformer.backends.cuda import RandomWeights, load
@@ -105,8 +73,7 @@ def measure(model: str, variants: dict[str, Any], context: int, tokens: int, rep
         for name, variant in variants.items():
             kernel = building[name].result()
             present = changed(plan, variant)
-            function, given = runner.ready(kernel, present), place(runner, present)
-            with runner.instead(function, present), parameters(runner, given):
+            with runner.instead(runner.ready(kernel, present), present):
                 times = [runner.time_generate(context, tokens) / tokens * 1e3 for _ in range(repeats + 1)][1:]
             made = [int(word) & 0xFFFFFFFF for word in runner.tokens[:tokens]]
             expected = expected or made

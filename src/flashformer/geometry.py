@@ -139,10 +139,10 @@ def choose_batch(target: Target, g: Geometry, columns: int, groups: int) -> int:
     return max(1, min(groups, MOST_SUMS // ceil_div(columns, 4), MOST_BATCH))
 
 
-def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[Format], columns: int = 1) -> float:
+def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[Format], columns: int) -> float:
     """How much of the largest chunk all chunks may have, so that they fill the slots of the ring best, which have one size.
 
-    Where all is 16-bit values chunks are as large as they may be.
+    Where all is 16-bit values chunks are as large as they may be. columns: of the kernel, which share shared memory with the ring.
     """
     linear = [(spec.linear, format) for spec, format in zip(specs, formats, strict=True) if spec.linear]
     if target.kind == "cpu" or all(format == PLAIN for _, format in linear):
@@ -159,10 +159,10 @@ def choose_share(specs: Sequence[StageSpec], target: Target, formats: Sequence[F
             nbytes, count, largest = nbytes + sum(sizes) * times, count + g.parts * times, max(largest, *sizes)
         return count, nbytes / (largest * count), largest
 
-    fewest = chunks(1)[0]
-    able = [share for share in SHARES if chunks(share)[0] <= fewest * MORE_CHUNKS]
-    best = max(able, key=lambda share: (round(chunks(share)[1], 2), share))
-    _, fill, largest = chunks(LARGE_SHARE)
+    found = {share: chunks(share) for share in (*SHARES, LARGE_SHARE)}
+    able = [share for share in SHARES if found[share][0] <= found[1][0] * MORE_CHUNKS]
+    best = max(able, key=lambda share: (round(found[share][1], 2), share))
+    _, fill, largest = found[LARGE_SHARE]
     room = target.shared_bytes - (target.panel_bytes if columns > 1 else 0)
-    large = fill >= chunks(best)[1] + FILLS_BETTER and LEAST_SLOTS * largest <= room
+    large = fill >= found[best][1] + FILLS_BETTER and LEAST_SLOTS * largest <= room
     return LARGE_SHARE if large else best

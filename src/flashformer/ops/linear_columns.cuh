@@ -49,13 +49,17 @@ struct PlainColumns {
   }
 };
 
-template <class M, class S, bool kCoded = S::kCoded>
+template <class M, class S, bool kCoded = S::kCoded, bool kInteger = integer_columns<M, S>()>
 struct ColumnSums {
   using Type = PlainColumns<M, S>;
 };
 template <class M, class S>
-struct ColumnSums<M, S, true> {
-  using Type = CodeSums<M, S>;
+struct ColumnSums<M, S, true, false> {
+  using Type = CodedColumns<M, S>;
+};
+template <class M, class S>
+struct ColumnSums<M, S, true, true> {
+  using Type = IntegerColumns<M, S>;
 };
 
 template <class M, class S>

@@ -181,7 +181,6 @@ struct IntegerOperand {
     if constexpr (kLean) return (lane >> 4) == f ? x[slice][0][r] : 0;
     else return x[slice][f][r];
   }
-
 };
 
 // ---- the product ----

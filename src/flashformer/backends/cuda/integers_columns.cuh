@@ -7,10 +7,13 @@
 #pragma once
 #include "codes_columns.cuh"
 
+// Whether a stage has them.
 template <class M, class S>
 FF_DEVICE constexpr bool integer_columns() {
-  using Code = typename S::Format::Code;
-  if constexpr (Code::kInteger) return Code::kDigits == 1 && M::kColumns <= kIntegerColumns && S::kTogether == 1 && Panel<M, S>::kHeld;
+  if constexpr (S::kCoded) {
+    using Code = typename S::Format::Code;
+    if constexpr (Code::kInteger) return Code::kDigits == 1 && M::kColumns <= kIntegerColumns && S::kTogether == 1 && Panel<M, S>::kHeld;
+  }
   return false;
 }
 
@@ -100,7 +103,7 @@ struct IntegerColumns {
             const auto& offset = part.offset[i];
             if constexpr (kTwo && F::kGroup == 32)
               slice = add_scaled<F>(slice, sum, all, odd ? scale[2 * f + 1] : scale[2 * f], odd ? offset[2 * f + 1] : offset[2 * f]);
-            else slice = add_scaled<F>(slice, sum, all, scale[(2 * f + j) * 32 / kColumnsOfScale], offset[(2 * f + j) * 32 / kColumnsOfScale]);
+            else slice = add_scaled<F>(slice, sum, all, scale[(2 * f + j) * 32 / F::kGroup], offset[(2 * f + j) * 32 / F::kGroup]);
           }
         }
       }
@@ -122,9 +125,8 @@ struct IntegerColumns {
 
  private:
   static constexpr bool kTwo = M::kColumns == 2;
-  static constexpr int kSteps = kTwo ? 1 : 2;                                      // instructions for the two steps of an A operand
-  static constexpr bool kSums = kOffsets || Code::kZero != 0;                      // whether the sums of x are wanted
-  static constexpr int kColumnsOfScale = F::kGroup == 0 || F::kGroup > 128 ? 128 : F::kGroup;
+  static constexpr int kSteps = kTwo ? 1 : 2;                  // instructions for the two steps of an A operand
+  static constexpr bool kSums = kOffsets || Code::kZero != 0;  // whether the sums of x are wanted
   static constexpr u32 kOnes = 0x01010101u, kSliceBytes = 4 * X::kCellBytes;
 
   static FF_DEVICE bool exists(int slice) { return slice < S::kFragments; }
@@ -136,15 +138,3 @@ struct IntegerColumns {
     return __shfl_sync(kAllLanes, sum, (lane & ~3u) + 2 * (lane & 1));
   }
 };
-
-// How codes meet several columns.
-template <class M, class S, bool kInteger>
-struct CodeSumsOf {
-  using Type = CodedColumns<M, S>;
-};
-template <class M, class S>
-struct CodeSumsOf<M, S, true> {
-  using Type = IntegerColumns<M, S>;
-};
-template <class M, class S>
-using CodeSums = typename CodeSumsOf<M, S, integer_columns<M, S>()>::Type;
