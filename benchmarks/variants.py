@@ -18,8 +18,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flashformer.backends import Turn
 from flashformer.backends.cuda.codegen import generate, include_paths
 from flashformer.backends.cuda.compile import Kernel, run_nvrtc
+from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import FlashFormerError
 from flashformer.formats import NAMED
@@ -55,27 +57,40 @@ def changed(plan: Plan, variant: dict[str, Any]) -> Plan:
     return retarget(plan, **fields)
 
 
-def measure(model: str, variants: dict[str, Any], context: int, tokens: int, repeats: int, weights: str = "bf16") -> None:
+def passes(runner: CudaRunner, context: int, count: int) -> float:
+    """Milliseconds of a pass with a token of as many sequences as there are columns."""
+    if runner.columns == 1:
+        return runner.time_generate(context, count) / count * 1e3
+    return runner.time_turns(turns(runner, context, count)) / count * 1e3
+
+
+def turns(runner: CudaRunner, context: int, count: int) -> list[Turn]:
+    """A sequence a column."""
+    return [Turn(slot, [1], context, count) for slot in range(runner.columns)]
+
+
+def measure(model: str, variants: dict[str, Any], context: int, tokens: int, repeats: int, weights: str = "bf16", columns: int = 1) -> None:
     """Print one line a variant: time, share of the read ceiling, what a layer loses, registers, and whether the tokens are the same."""
     from flashformer.backends.cuda import RandomWeights, load
 
     config = shape(model)
     drawn = RandomWeights(config, format=NAMED[weights])
-    plan = plan_for_gpu(config, context + tokens, drawn.formats)
+    plan = plan_for_gpu(config, context + tokens, drawn.formats, columns=columns, slots=columns)
     with ProcessPoolExecutor() as pool:
         building = {name: pool.submit(build, changed(plan, v), v.get("patch", [])) for name, v in variants.items()}
         runner = load(plan, drawn)
         runner.fill_kv()
         ceiling = runner.read_bandwidth()
-        floor = plan.token_bytes(context + tokens // 2) / ceiling / 1e6
-        print(f"{model} in {weights} at {context}: {runner.info.name}, read ceiling {ceiling:.0f} GB/s, floor {floor:.4f} ms")
+        first, all_bytes = (plan.token_bytes(position) for position in (0, context + tokens // 2))
+        floor = (first + columns * (all_bytes - first)) / ceiling / 1e6
+        print(f"{model} in {weights} at {context}, {columns} columns: {runner.info.name}, read ceiling {ceiling:.0f} GB/s, floor {floor:.4f} ms")
         expected: list[int] = []
         for name, variant in variants.items():
             kernel = building[name].result()
             present = changed(plan, variant)
             with runner.instead(runner.ready(kernel, present), present):
-                times = [runner.time_generate(context, tokens) / tokens * 1e3 for _ in range(repeats + 1)][1:]
-            made = [int(word) & 0xFFFFFFFF for word in runner.tokens[:tokens]]
+                times = [passes(runner, context, tokens) for _ in range(repeats + 1)][1:]
+                made = [one.token for one in sorted(runner.run(turns(runner, context, min(tokens, 32))), key=lambda one: one.turn)]
             expected = expected or made
             same = "" if variant.get("wrong") else "same tokens" if made == expected else "OTHER TOKENS"
             ms = statistics.median(times)
@@ -94,6 +109,7 @@ def main() -> None:
     parser.add_argument("variants", type=Path)
     parser.add_argument("--models", default="qwen3-0.6b,llama-3.2-1b,llama-3.2-3b,llama-3.1-8b")
     parser.add_argument("--weights", default="bf16", help="formats of random weights, with commas between them (default: %(default)s)")
+    parser.add_argument("--columns", type=int, default=1, help="of the kernel; each has a sequence (default: %(default)s)")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
@@ -101,7 +117,7 @@ def main() -> None:
     try:
         variants = {"base": {}, **json.loads(options.variants.read_text())}
         for model, weights in itertools.product(options.models.split(","), options.weights.split(",")):
-            measure(model, variants, options.context, options.tokens, options.repeats, weights)
+            measure(model, variants, options.context, options.tokens, options.repeats, weights, options.columns)
     except (FlashFormerError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -30,20 +30,26 @@ struct PlainColumns {
   FF_DEVICE void add(const Part<size, kLast>& part, const Panel<M, S>& panel, Place place) {
     const u32 x = place(0, size) + panel.own();
     with_groups<kGroups, 2>(panel.columns, [&](auto first, auto n) {
-      float d[n.value][4] = {};
+      constexpr int kChains = n.value > 1 ? 1 : size < 4 ? size : 4;  // of instructions that wait for each other
+      float d[n.value][kChains][4] = {};
 #pragma unroll
       for (int i = 0; i < size; i++)
 #pragma unroll
         for (int j = 0; j < n.value; j++) {
           const uint2 b = load_shared2(x + i * Panel<M, S>::kCellBytes + (first.value + j) * 256);
-          mma<typename M::Value>(d[j], part.value[i], b.x, b.y);
+          mma<typename M::Value>(d[j][i % kChains], part.value[i], b.x, b.y);
         }
 #pragma unroll
-      for (int j = 0; j < n.value; j++) total[first.value + j] += d[j][0] + d[j][3];
+      for (int j = 0; j < n.value; j++) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kChains; i++) sum += d[j][i][0] + d[j][i][3];
+        total[first.value + j] += sum;
+      }
     });
   }
   template <int size, bool kLast>
-  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>&, u32) const {
+  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>&, const Panel<M, S>&) const {
 #pragma unroll
     for (int j = 0; j < kGroups; j++) sums[j] = total[j];
   }
@@ -74,12 +80,10 @@ struct LinearColumns {
     c.enter(S::kWhere, layer);
     const u32 tiles = c.tiles(S::tile_word(layer)).y;
     if (tiles == 0) return;
-    if (c.warp == 0) {
-      c.mark(0, step, layer, S::kWhere, 0);
-      await_columns<S>(c, c.tag(step, layer));
-      c.mark(0, step, layer, S::kWhere, 1);
-    }
+    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
+    await_columns<S, kConsumers>(c, c.warp, c.tag(step, layer));
     c.sync();
+    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
     Panel<M, S> panel(c, (groups + S::kTogether - 1) / S::kTogether);
     Sums::prepare(panel);
@@ -208,9 +212,10 @@ struct LinearColumns {
     constexpr u32 kCells = S::kFragmentColumns / 32;
 #pragma unroll 1
     for (u32 part = 0; part < parts; part++) {
+      constexpr bool kWhole = S::kTogether > 1 || Panel<M, S>::kHeld;  // x comes part by part
       u32 x = 0;
-      if constexpr (S::kTogether > 1) x = panel.next(size * kCells);
-      const auto place = [&](u32 cell, u32 cells) { return S::kTogether > 1 ? x + cell * panel.kCellBytes : panel.next(cells); };
+      if constexpr (kWhole) x = panel.next(size * kCells);
+      const auto place = [&](u32 cell, u32 cells) { return kWhole ? x + cell * panel.kCellBytes : panel.next(cells); };
 #pragma unroll 1
       for (u32 i = 0; i < S::kTogether; i++) {
         const u32 group = batch.first + i;
@@ -220,7 +225,7 @@ struct LinearColumns {
           sums[0].add(now, panel, place);
           if (ends && part + 1 == parts) {
             float all[kGroups];
-            sums[0].result(all, now, c.lane);
+            sums[0].result(all, now, panel);
             c.hand_over(all);
           }
         }

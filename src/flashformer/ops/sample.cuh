@@ -187,12 +187,13 @@ struct Sample {
   // The same where tokens are selected or reported, for all finishers.
   static FF_DEVICE bool look_closer(Finisher<M>& f, u32 step) {
     const u32 cancel = f.index == 0 && blockIdx.x == 0 && load_volatile(f.p.cancel);
-    // NOTE: from here on this block's consumers are at rest, and the shared memory of the reductions is free.
-    barrier_wait(f.shared + L::kDone, step & 1, f.watch);
-    f.sync();
+    f.sync();  // the scores of all finishers are there
     const Sampling& s = f.p.sampling;
     Decision<M, S> decision;
     Part part = decision.opening(f, s, ranked(f.best, f.best_row), cancel);
+    // NOTE: from here on this block's consumers are at rest, and the shared memory of the reductions is free.
+    barrier_wait(f.shared + L::kDone, step & 1, f.watch);
+    f.sync();
 #pragma unroll 1
     for (u32 round = 0;; round++) {
       part = Rounds<M, S>::meet(f, s, meeting(f), step, round, part);

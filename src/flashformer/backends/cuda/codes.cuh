@@ -345,6 +345,15 @@ struct WholeRow {
   FF_DEVICE float divided(float sum) const { return F::Scale::kDivided ? __fdividef(sum, divisor) : sum; }
 };
 
+// total + scale (sum of code * x - zero * plain) + minimum * plain.
+template <class F>
+FF_DEVICE float add_scaled(float total, float sum, float plain, typename F::Scale::Raw scale, typename F::Scale::Raw offset) {
+  // NOTE: said in full, so that no bit depends on which of the code's copies it is (`with_groups`).
+  if constexpr (F::kOffset == Offset::kZero) sum = fmaf(-F::Scale::value(offset), plain, sum);
+  total = fmaf(F::Scale::value(scale), sum, total);
+  return F::kOffset == Offset::kMinimum ? fmaf(F::Scale::value(offset), plain, total) : total;
+}
+
 // One lane's part of the product of a tile with x.
 template <class M, class S>
 struct CodedProduct {
@@ -408,9 +417,6 @@ struct CodedProduct {
       constexpr float kZero = F::kGroup == 16 && F::kOffset == Offset::kNone ? Code::kZero : 0;
       sum -= (bias + kZero) * biased;
     }
-    if constexpr (F::kOffset == Offset::kZero) sum -= Scale::value(offset) * plain;
-    total += Scale::value(scale) * sum;
-    if constexpr (F::kOffset == Offset::kMinimum) total += Scale::value(offset) * plain;
-    return total;
+    return add_scaled<F>(total, sum, plain, scale, offset);
   }
 };

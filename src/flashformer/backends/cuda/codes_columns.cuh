@@ -99,12 +99,14 @@ struct CodeValues<T, F, FullTable<V>> {
 // Those that integer instructions take as bytes: their registers are (step, first or second half of it).
 template <class T, class F>
 struct CodeValues<T, F, HalfByte> {
-  static constexpr int kTerms = 1, kZero = F::kOffset == Offset::kNone ? (int)HalfByte::kZero : 0;
+  static constexpr int kTerms = 1, kZero = F::kOffset == Offset::kNone ? HalfByte::kShift : 0;
   static constexpr float kFactor = 1;
   static FF_DEVICE uint4 operand(const uint4* raw, int p, int) {
-    const u32 even = word_of(raw[0], p & 1) >> 4 * (p >> 1) & 0x0f0f0f0fu, odd = word_of(raw[0], (p & 1) + 2) >> 4 * (p >> 1) & 0x0f0f0f0fu;
-    return byte_values<T, kZero>(even, odd);
+    return byte_values<T, kZero>(codes(word_of(raw[0], p & 1), p >> 1), codes(word_of(raw[0], (p & 1) + 2), p >> 1));
   }
+
+ private:
+  static FF_DEVICE u32 codes(u32 word, int upper) { return (word >> 4 * upper & 0x0f0f0f0fu) ^ 0x08080808u; }
 };
 
 // Small multiples, as bytes that are 64 more.
@@ -163,15 +165,6 @@ struct CodeValues<T, F, Byte> {
   }
 };
 
-// total + scale (sum of code * x - zero * plain) + minimum * plain.
-template <class F>
-FF_DEVICE float add_scaled(float total, float sum, float plain, typename F::Scale::Raw scale, typename F::Scale::Raw offset) {
-  // NOTE: said in full, so that no bit depends on which of the code's copies it is (`with_groups`).
-  if constexpr (F::kOffset == Offset::kZero) sum = fmaf(-F::Scale::value(offset), plain, sum);
-  total = fmaf(F::Scale::value(scale), sum, total);
-  return F::kOffset == Offset::kMinimum ? fmaf(F::Scale::value(offset), plain, total) : total;
-}
-
 // One lane's part of the product of a tile with all columns: row g, columns t + 4 j.
 template <class M, class S>
 struct CodedColumns {
@@ -223,7 +216,7 @@ struct CodedColumns {
 
   // With the last part.
   template <int size, bool kLast>
-  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>& part, u32) const {
+  FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>& part, const Panel<M, S>&) const {
     WholeRow<S> row;
     row.take(part);
 #pragma unroll

@@ -24,14 +24,15 @@ FF_DEVICE void mma_bytes(int (&d)[4], const uint4& a, u32 b0, u32 b1) {
 
 // ---- codes: kDigits digits to the base of kBase, of each kOperands operands (of instruction f), whose sums `sum` makes one of ----
 //
-// kUpperFactor: what the sums of the second instruction are too large by.
+// kShift: what was taken from each code to make it signed.
 
 // Of a lane's first step or its second: the sums with the halves of x, 256 high + low.
+constexpr u32 kByteOnes = 0x01010101u;
 FF_DEVICE int both_halves(const int (&set)[4], bool odd) { return (odd ? set[2] : set[0]) * 256 + (odd ? set[3] : set[1]); }
 
 struct OneOperand {
   static constexpr bool kInteger = true;
-  static constexpr int kDigits = 1, kBase = 1, kOperands = 1;
+  static constexpr int kDigits = 1, kBase = 1, kOperands = 1, kShift = 0;
   static FF_DEVICE int sum(const int (&sets)[1][4], bool odd) { return both_halves(sets[0], odd); }
 };
 
@@ -41,27 +42,28 @@ FF_DEVICE constexpr int step_column(int instruction, int a, int i) { return (2 *
 struct Byte : OneOperand {
   static constexpr bool kSigned = true;
   static constexpr int kBits = 8;
-  static constexpr float kFactor = 1, kUpperFactor = 1, kZero = 0;
+  static constexpr float kFactor = 1;
   static FF_DEVICE int column(int load, int r, int i) { return step_column(load, r, i); }
   static FF_DEVICE u32 place(const u8* codes) { return codes[0] | codes[1] << 8 | codes[2] << 16 | (u32)codes[3] << 24; }
   static FF_DEVICE uint4 operand(const uint4* raw, int f, int, int) { return raw[f]; }
 };
 
-// 0 to 15: the low halves of bytes are the first instruction's, the high halves the second's, which multiplies 16 times the code.
+// 0 to 15, kept as 8 less, in two's complement. The low halves of bytes are the first instruction's, the high halves the second's. Each becomes
+// the high half of a signed byte, which so is 16 times what is kept.
 struct HalfByte : OneOperand {
-  static constexpr bool kSigned = false;
-  static constexpr int kBits = 4;
-  static constexpr float kFactor = 1, kUpperFactor = 16, kZero = 8;
+  static constexpr bool kSigned = true;
+  static constexpr int kBits = 4, kShift = 8;
+  static constexpr float kFactor = 1 / 16.f;
   static FF_DEVICE int column(int, int r, int i) { return step_column(i >> 2, r, i & 3); }
   static FF_DEVICE u32 place(const u8* codes) {
     u32 word = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) word |= (u32)(codes[i] & 15) << (8 * (i & 3) + 4 * (i >> 2));
+    for (int i = 0; i < 8; i++) word |= (u32)((codes[i] & 15) ^ 8) << (8 * (i & 3) + 4 * (i >> 2));
     return word;
   }
   static FF_DEVICE uint4 operand(const uint4* raw, int f, int, int) {
-    const u32 mask = f ? 0xf0f0f0f0u : 0x0f0f0f0fu;
-    return make_uint4(raw[0].x & mask, raw[0].y & mask, raw[0].z & mask, raw[0].w & mask);
+    const u32 up = f ? 0 : 4, mask = 0xf0f0f0f0u;
+    return make_uint4(raw[0].x << up & mask, raw[0].y << up & mask, raw[0].z << up & mask, raw[0].w << up & mask);
   }
 };
 
@@ -72,8 +74,8 @@ struct HalfByte : OneOperand {
 template <class V, int digits = 1>
 struct ByteTable {
   static constexpr bool kInteger = true, kSigned = false;
-  static constexpr int kBits = 4, kDigits = digits, kBase = V::kBase, kOperands = 2;
-  static constexpr float kFactor = V::kFactor, kUpperFactor = 1, kZero = 0;
+  static constexpr int kBits = 4, kDigits = digits, kBase = V::kBase, kOperands = 2, kShift = 0;
+  static constexpr float kFactor = V::kFactor;
   static FF_DEVICE int column(int, int r, int i) { return step_column(r >> 1, 2 * (r & 1) + (i >> 2), i & 3); }
   static FF_DEVICE u32 place(const u8* codes) {
     u32 word = 0;
@@ -95,6 +97,13 @@ struct ByteTable {
 };
 template <class V>
 using DigitTable = ByteTable<V, 2>;
+
+// total + scale (sum of code * x - zero * plain) + minimum * plain, of codes as they are kept; `plain`: what the sum were of codes that are 1.
+template <class F>
+FF_DEVICE float add_codes(float total, float sum, float plain, typename F::Scale::Raw scale, typename F::Scale::Raw offset) {
+  if constexpr (F::kOffset != Offset::kNone) sum = fmaf(F::Code::kShift, plain, sum);
+  return add_scaled<F>(total, sum, plain, scale, offset);
+}
 
 // ---- x ----
 
@@ -137,36 +146,29 @@ struct IntegerOperand {
   using T = typename M::Value;
   static constexpr int kSlices = S::kFragments;
   static constexpr bool kOffsets = F::kOffset != Offset::kNone;
-  static constexpr float kZero = kOffsets ? 0 : Code::kZero;  // what is to be taken from all codes
-  static constexpr int kSums = (kZero != 0 ? 1 : 0) + (kOffsets ? 1 : 0);
   static constexpr int kSumSlices = F::kGroup ? kSlices : 1;
   static constexpr bool kLean = S::kFragments > (Code::kDigits > 1 ? 12 : 16);  // of many columns: zeros would take too many registers
   u32 x[kSlices][kLean ? 1 : 2][2];                                            // [instruction][register]
-  float sum[kSumSlices][kSums ? kSums : 1];  // of a lane's step: what kZero adds to a product, then the plain sum
-  float factor;          // of this lane's results
+  float sum[kSumSlices];  // of a lane's step, where there are offsets: as large as it were of codes that are 1
+  float factor;           // of the results
 
   template <class X>
   FF_DEVICE void prepare(const X& from, u32 lane) {
     const FixedPoint<T> point(warp_largest(from.value));
-    factor = point.factor * (Code::kFactor * (lane & 2 ? 1 / Code::kUpperFactor : 1));
+    factor = point.factor * Code::kFactor;
     const bool odd = lane & 4, upper = lane & 16;
 #pragma unroll
-    for (int i = 0; i < kSumSlices; i++)
-#pragma unroll
-      for (int j = 0; j < kSums; j++) sum[i][j] = 0;
+    for (int i = 0; i < kSumSlices; i++) sum[i] = 0;
 #pragma unroll
     for (int i = 0; i < kSlices; i++) {
       const uint2 halves = point.halves(from.value[i][0], from.value[i][1]);
       const u32 high = halves.x, low = halves.y;
       const u32 other = __shfl_xor_sync(kAllLanes, odd ? high : low, 4);
       const u32 b0 = odd ? other : high, b1 = odd ? low : other;
-      if constexpr (kSums > 0) {
+      if constexpr (kOffsets) {
         int d[4] = {};  // (any row, high and low of step t)
-        mma_bytes<true>(d, make_uint4(0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u), b0, b1);
-        const float all = (float)(d[0] * 256 + d[1]) * (lane & 2 ? Code::kUpperFactor : 1);
-        float(&to)[kSums] = sum[F::kGroup ? i : 0];
-        if constexpr (kZero != 0) to[0] += kZero * all;
-        if constexpr (kOffsets) to[kSums - 1] += all;
+        mma_bytes<true>(d, make_uint4(kByteOnes, kByteOnes, kByteOnes, kByteOnes), b0, b1);
+        sum[F::kGroup ? i : 0] += (float)both_halves(d, false) * (1 / Code::kFactor);
       }
 #pragma unroll
       for (int f = 0; f < (kLean ? 1 : 2); f++) {
@@ -219,7 +221,7 @@ struct IntegerProduct {
             mma_bytes<Code::kSigned>(of[k], Code::operand(part.raw[i], f, digit, k), x.operand(slice, f, 0, lane), x.operand(slice, f, 1, lane));
         if constexpr (F::kGroup != 0) sum = sum * Code::kBase + (float)Code::sum(of, lane & 1);
       }
-      if constexpr (F::kGroup != 0) total = scaled(sum, x.sum[slice], part.scale[i][0], part.offset[i][0]);
+      if constexpr (F::kGroup != 0) total = add_codes<F>(total, sum, x.sum[slice], part.scale[i][0], part.offset[i][0]);
     }
     row.take(part);
   }
@@ -229,23 +231,14 @@ struct IntegerProduct {
       float sum = 0;
 #pragma unroll
       for (int digit = 0; digit < Code::kDigits; digit++) sum = sum * Code::kBase + (float)Code::sum(sets[digit], lane & 1);
-      total = scaled(sum, x.sum[0], row.scale, row.offset);
+      total = add_codes<F>(total, sum, x.sum[0], row.scale, row.offset);
     }
     return row.divided(total * x.factor);
   }
 
  private:
-  static constexpr int kSums = X::kSums ? X::kSums : 1;
   static FF_DEVICE void clear(Sets& of) {
 #pragma unroll
     for (int k = 0; k < Code::kOperands; k++) of[k][0] = of[k][1] = of[k][2] = of[k][3] = 0;
-  }
-  // total + scale (sum of code * x - zero * plain) + minimum * plain.
-  FF_DEVICE float scaled(float sum, const float (&sums)[kSums], Raw scale, Raw offset) const {
-    const float plain = sums[kSums - 1];
-    if constexpr (X::kZero != 0) sum -= sums[0];
-    if constexpr (F::kOffset == Offset::kZero) sum -= Scale::value(offset) * plain;
-    const float now = total + Scale::value(scale) * sum;
-    return F::kOffset == Offset::kMinimum ? now + Scale::value(offset) * plain : now;
   }
 };

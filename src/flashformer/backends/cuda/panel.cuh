@@ -58,23 +58,25 @@ struct ColumnsOut {
 
 // ---- who reads ----
 
-// For all lanes of a warp: until all blocks have written their part of what stage S reads.
-template <class S, class R>
-FF_DEVICE void await_columns(const R& r, u32 tag) {
+// Until all blocks have written their part of what stage S reads: for `warps` warps, of which this is number `index`, before they meet.
+// NOTE: each word is read by a lane of its own, as far as there are warps: such loads wait for one another.
+template <class S, u32 warps, class R>
+FF_DEVICE void await_columns(const R& r, u32 index, u32 tag) {
   using M = typename R::Model;
-  constexpr int kWords = ceil_div((int)S::kInBlocks, 32);
-  const u64* words = r.words(S::kFlagsIn) + blockIdx.x % M::kFlagCopies * M::kFlagStride + r.lane;
+  const u64* words = r.words(S::kFlagsIn) + blockIdx.x % M::kFlagCopies * M::kFlagStride;
+  const u32 first = index * 32;
+  if (first >= S::kInBlocks) return;
   Looks<M> looks(r.looks_place(S::kWhere));
   bool here;
 #pragma unroll 1
   do {
     if (!looks.again(r.watch)) break;
-    u64 w[kWords];  // all at once: one trip a look
-#pragma unroll
-    for (int i = 0; i < kWords; i++) w[i] = r.lane + i * 32 < S::kInBlocks ? load_word_acquire(words + i * 32) : join(0, tag);
     here = true;
 #pragma unroll
-    for (int i = 0; i < kWords; i++) here = here && split(w[i]).tag == tag;
+    for (u32 i = 0; i < ceil_div((int)S::kInBlocks, 32 * warps); i++) {
+      const u32 block = first + i * warps * 32 + r.lane;
+      here = here && (block >= S::kInBlocks || split(load_word_acquire(words + block)).tag == tag);
+    }
   } while (!looks.found(here, r.lane));
 }
 
@@ -83,7 +85,7 @@ template <class M, class S>
 FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kColumnGroups]) {
   constexpr u32 kPairs = M::kColumns / 2, kBlocks = 32 / kPairs;  // a lane takes two columns; blocks that a warp has at once
   constexpr int kLoads = ceil_div(S::kInBlocks, kBlocks * M::kFinishers);
-  if (f.index == 0) await_columns<S>(f, tag);
+  await_columns<S, M::kFinishers>(f, f.index, tag);
   f.sync();
   const u32 first = f.index * kBlocks + f.lane / kPairs;
   const u64* pairs = f.words(S::kMomentIn) + first * kPairs + f.lane % kPairs;
@@ -118,18 +120,52 @@ FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kCol
   }
 }
 
-// A warp's cells of x in shared memory. They come in steps, a few steps ahead of what is multiplied: a slice of codes, or a part of a tile.
-// Where there is no room for all, they come anew for each batch of groups of tiles, but for the first ones, which stay.
-template <class M, class S>
+// A warp's cells of x in shared memory: all of them, if there is room.
+template <class M, class S, bool all = S::kBuffers == 0>
 struct Panel {
-  static constexpr bool kSlices = S::kCoded && S::kTogether == 1;
-  static constexpr int kSteps = kSlices ? S::kFragments : S::kParts;
-  static constexpr bool kHeld = S::kHeldSteps == kSteps;
+  static constexpr bool kHeld = true;
   static constexpr u32 kCellBytes = M::kColumns * 64;  // of all columns
   u32 lane, columns;
+  u32 first;    // where it is
+  u32 factors;  // where those of its columns are, if it holds integers
 
-  FF_DEVICE Panel(const Consumer<M>& c, u32 batches)
-      : lane(c.lane), columns(c.columns()), shared(c.shared), missing(kSteps * (kHeld ? 1 : batches)) {
+  FF_DEVICE Panel(const Consumer<M>& c, u32)
+      : lane(c.lane), columns(c.columns()), first(c.shared + Layout<M>::kPanel + c.warp * kBytes),
+        factors(c.shared + Layout<M>::kFactors + c.warp * (M::kColumns * 4)), place(first) {
+    constexpr u32 kPieces = M::kColumns * 4;  // of 16 bytes, in a cell
+    const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput)) + c.warp % S::kWarpsColumns * kBytes;
+#pragma unroll 4
+    for (u32 i = lane; i < S::kCells * kPieces; i += 32)
+      if (i % kPieces < columns * 4) async_copy16(first + i * 16, from + i * 16);
+    async_wait();
+    __syncwarp();
+  }
+
+  // Where the next so many cells are, part by part, and again for the next tile.
+  FF_DEVICE u32 next(u32 cells) {
+    const u32 at = place, after = at + cells * kCellBytes;
+    place = after == first + kBytes ? first : after;
+    return at;
+  }
+  // Where a lane's 16-bit values of a cell are, from its place.
+  FF_DEVICE u32 own() const { return lane * 8 % kCellBytes; }
+
+ private:
+  static constexpr u32 kBytes = S::kCells * kCellBytes;
+  u32 place;
+};
+
+// Else they come in steps, a few steps ahead of what is multiplied: a slice of codes, or a part of a tile; anew for each batch of groups of
+// tiles, but for the first ones, which stay.
+template <class M, class S>
+struct Panel<M, S, false> {
+  static constexpr bool kHeld = false;
+  static constexpr bool kSlices = S::kCoded && S::kTogether == 1;
+  static constexpr int kSteps = kSlices ? S::kFragments : S::kParts;
+  static constexpr u32 kCellBytes = M::kColumns * 64;
+  u32 lane, columns;
+
+  FF_DEVICE Panel(const Consumer<M>& c, u32 batches) : lane(c.lane), columns(c.columns()), missing(kSteps * batches) {
     from = reinterpret_cast<const u8*>(c.words(S::kInput)) + (c.warp % S::kWarpsColumns * S::kCells) * kCellBytes + lane * 16;
     const u32 first = c.shared + Layout<M>::kPanel + c.warp * kBytes;
     end = first + kBytes;
@@ -141,19 +177,16 @@ struct Panel {
 
   // Where the next step is, which has so many cells, all of which have landed.
   FF_DEVICE u32 next(u32 cells) {
-    if constexpr (!kHeld) __syncwarp();  // all lanes have read the step before, whose place is taken now
+    __syncwarp();  // all lanes have read the step before, whose place is taken now
     fetch();
     async_wait_groups<kAhead>();
     __syncwarp();
     return advance(used, cells);
   }
-  // Where a lane's 16-bit values of a cell are, from its place.
   FF_DEVICE u32 own() const { return lane * 8 % kCellBytes; }
-  // Where the scales of a slice's columns are kept, a float each; `at` is its place.
-  FF_DEVICE u32 scales(u32 at) const { return shared + Layout<M>::kPanelScales + (at - shared - Layout<M>::kPanel) / 64; }
 
  private:
-  static constexpr int kAhead = !kHeld ? S::kBuffers - 1 : kSteps < 4 ? kSteps : 4;
+  static constexpr int kAhead = S::kBuffers - 1;
   static constexpr u32 kFragmentCells = S::kFragmentColumns / 32;
   static constexpr u32 kLarger = kSlices ? 0 : S::kFragments % S::kParts;  // steps with one fragment more: the first ones
   struct Cursor {
@@ -162,7 +195,6 @@ struct Panel {
   };
   static constexpr u32 kStepBytes = S::kStepCells * kCellBytes;
   static constexpr u32 kBytes = S::kHeldCells * kCellBytes + S::kBuffers * kStepBytes;  // of a warp
-  u32 shared;
   const u8* from;  // this warp's first cell
   u32 end;         // of this warp's memory
   Cursor fetched, used;
@@ -172,7 +204,7 @@ struct Panel {
 
   // Its place; then it is at the next step.
   FF_DEVICE u32 advance(Cursor& cursor, u32 cells) const {
-    const bool held = kHeld || cursor.step < S::kHeldSteps;
+    const bool held = cursor.step < S::kHeldSteps;
     const u32 place = held ? cursor.at : cursor.buffer;
     if (held) cursor.at += cells * kCellBytes;
     else cursor.buffer = (place + kStepBytes == end ? place - S::kBuffers * kStepBytes : place) + kStepBytes;
@@ -189,7 +221,7 @@ struct Panel {
       const u32 step = fetched.step, cells = kLarger && step >= kLarger ? S::kStepCells - kFragmentCells : S::kStepCells;
       const u8* source = from + cell * kCellBytes;
       const u32 to = advance(fetched, cells);
-      if (kHeld || !again || step >= S::kHeldSteps) {
+      if (!again || step >= S::kHeldSteps) {
 #pragma unroll 2  // it is there many times, and seldom in the way
         for (u32 i = 0; i < S::kStepCells * kPieces; i += 32)
           if (i + lane < cells * kPieces && (i + lane) % kPieces < columns * 4) async_copy16(to + (i + lane) * 16, source + i * 16);

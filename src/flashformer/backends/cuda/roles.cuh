@@ -11,7 +11,7 @@
 constexpr int kConsumers = 8;
 constexpr int kMergeBytes = 17 * 1024;  // of shared memory in which attention's warps meet, at most
 constexpr int kMostSequences = 32;      // of a launch: a lane each
-constexpr int kIntegerColumns = 4;      // most columns that meet codes in integer instructions
+constexpr int kIntegerColumns = 8;      // most columns that meet codes in integer instructions
 
 // Shared memory, in bytes from its beginning. M is the generated `Model`.
 template <class M>
@@ -34,8 +34,8 @@ struct Layout {
   static constexpr int kNewScore = kNewValue + M::kHeadPad * 4;              // this token's score, per query head
   static constexpr int kSoftmax = kNewScore + 8 * 4;                         // (maximum, sum) per warp and query head
   static constexpr int kScratchEnd = kSoftmax + kConsumers * 8 * 8;
-  static constexpr int kPanelScales = kPanel + M::kPanelBytes;  // see `Panel::scales`
-  static constexpr int kPanelEnd = kPanelScales + (kMany && M::kColumns <= kIntegerColumns ? round_up(M::kPanelBytes / 64, 16) : 0);
+  static constexpr int kFactors = kPanel + M::kPanelBytes;  // [consumers][columns] of integers in the panel
+  static constexpr int kPanelEnd = kFactors + (kMany && M::kColumns <= kIntegerColumns ? kConsumers * M::kColumns * 4 : 0);
   static constexpr int kResidual = kScratchEnd < kPanelEnd ? kPanelEnd : kScratchEnd;
   static constexpr int kGamma = kResidual + M::kOwnedTiles * 8 * 4 * M::kColumns;  // [finishers]: norm weights of the owned rows
   static constexpr int kTiles = kGamma + M::kFinishers * M::kOwnedTiles * 8 * 4;
