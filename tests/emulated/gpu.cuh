@@ -137,6 +137,7 @@ struct Event {  // what happens later
   u64* word;
   u64 value;
   u32 group = 0;  // of its thread's copies
+  bool half = false;  // of a word, of which only 4 bytes are published
   bool operator<(const Event& o) const { return due != o.due ? due > o.due : order > o.order; }  // the next one is the largest
 };
 
@@ -354,16 +355,20 @@ inline void begin_copy(u32 to, const void* from, u32 bytes, u32 bar, u32 alignme
   put_off(std::move(event));
   change();
 }
-inline void publish(u64* to, u64 value) {
+inline void publish(u64* to, u64 value, bool half = false) {
   u64& last = machine.last_due[number_of(to)];
   last = std::max(last, later());
   current->block->stores++;
-  put_off({Event::kStore, last, 0, current->block, nullptr, 0, 0, 0, nullptr, {}, to, value});
+  put_off({Event::kStore, last, 0, current->block, nullptr, 0, 0, 0, nullptr, {}, to, value, 0, half});
   change();
+}
+inline void publish_half(u32* to, u32 value) {
+  publish(reinterpret_cast<u64*>(to), value, true);
 }
 inline void land(const Event& e) {
   if (e.kind == Event::kStore) {
-    *e.word = e.value;
+    if (e.half) *reinterpret_cast<u32*>(e.word) = u32(e.value);
+    else *e.word = e.value;
     wake(number_of(e.word));
     e.block->stores--;
   } else if (e.kind == Event::kArrive) {
@@ -787,6 +792,7 @@ inline u32 load_shared8(u32 a) { return gpu::load<u8>(a); }
 inline float load_shared_float(u32 a) { return gpu::load<float>(a); }
 inline void store_shared(u32 a, u32 v) { gpu::store(a, v); }
 inline void store_shared_float(u32 a, float v) { gpu::store(a, v); }
+inline void store_shared4(u32 a, const uint4& v) { gpu::store(a, v); }
 inline void store_shared16(u32 a, u16 v) { gpu::store(a, v); }
 inline u32 load_shared_acquire(u32 a) {
   gpu::poll();
@@ -911,6 +917,12 @@ inline void read_words(const u64* p, u64& a, u64& b) {
   if (u64(p) % 16) gpu::fail("two words at %p: not a multiple of 16", static_cast<const void*>(p));
   a = read_word(p);
   b = read_word(p + 1);
+}
+inline uint4 read_pairs(const void* p) {
+  if (u64(p) % 16) gpu::fail("four pairs at %p: not a multiple of 16", p);
+  u64 w[2];
+  read_words(static_cast<const u64*>(p), w[0], w[1]);
+  return make_uint4(u32(w[0]), u32(w[0] >> 32), u32(w[1]), u32(w[1] >> 32));
 }
 inline void write_words(u64* p, u64 a, u64 b) {
   if (u64(p) % 16) gpu::fail("two words at %p: not a multiple of 16", static_cast<const void*>(p));

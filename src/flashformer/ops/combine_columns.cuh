@@ -102,10 +102,11 @@ struct CombineColumns {
         y1 = y1 * shrink + __shfl_xor_sync(kAllLanes, y1, o) * share;
         top = most;
       }
-      if (slot == 0 && pieces) ColumnsOut<M, S>::put(f, row, column, T::pack(__fdividef(y0, sum), __fdividef(y1, sum)));
+      const ColumnsOut<M, S> out(f, step, layer);
+      if (slot == 0 && pieces) out.put(f, row, column, T::pack(__fdividef(y0, sum), __fdividef(y1, sum)));
     }
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
-    ColumnsOut<M, S>::done(f, tag, tiles);
+    ColumnsOut<M, S>(f, step, layer).done(f, tag, tiles);
   }
 
  private:

@@ -12,6 +12,7 @@ struct EmbedColumns {
     f.enter(S::kWhere, 0);
     const uint2 tiles = f.tiles(0);
     const u32 columns = f.columns(), row = f.lane >> 2;
+    const ColumnsOut<M, S> to(f, step, 0);
     // Lane (g, t) has row g, columns t + 4 j.
     u64 rows[M::kColumnGroups];
 #pragma unroll
@@ -33,10 +34,10 @@ struct EmbedColumns {
         const float out = y[j] * gamma, next = __shfl_down_sync(kAllLanes, out, 4);
         if (column >= columns) continue;
         store_shared_float(f.residual(local, row, column), y[j]);
-        if (!(row & 1)) ColumnsOut<M, S>::put(f, index, column, T::pack(out, next));
+        if (!(row & 1)) to.put(f, index, column, T::pack(out, next));
       }
     }
-    ColumnsOut<M, S>::done_with_moments(f, f.tag(step, 0), tiles);
+    to.done_with_moments(f, f.tag(step, 0), tiles);
     f.fetch_gamma(f.p.vectors + S::kNextGamma, tiles);
   }
 };

@@ -81,11 +81,11 @@ struct LinearColumns {
     const u32 tiles = c.tiles(S::tile_word(layer)).y;
     if (tiles == 0) return;
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-    await_columns<S, kConsumers>(c, c.warp, c.tag(step, layer));
+    if constexpr (!Panel<M, S>::kHeld) await_columns<S, kConsumers>(c, c.warp, c.tag(step, layer));
     c.sync();
-    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
-    Panel<M, S> panel(c, (groups + S::kTogether - 1) / S::kTogether);
+    Panel<M, S> panel(c, (groups + S::kTogether - 1) / S::kTogether, step, layer);
+    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     Sums::prepare(panel);
 #pragma unroll 1
     for (Batch batch{tiles, groups, 0}; batch.first < groups; batch.first += S::kTogether) {
@@ -118,6 +118,7 @@ struct LinearColumns {
 #pragma unroll
       for (int j = 0; j < kGroups; j++) wanted[j] = logits_of(f, (f.lane & 3) + 4 * j, columns);
     }
+    const auto out = out_of(f, step, layer);
     u32 turn = f.turn;
 #pragma unroll 1
     for (; turn < groups; turn += M::kFinishers) {
@@ -156,11 +157,11 @@ struct LinearColumns {
           } else if constexpr (S::kEpilogue == Epilogue::kSwiglu) {
             const float up = __shfl_down_sync(kAllLanes, y[j], 16);
             const float h = __fdividef(y[j], 1.f + __expf(-y[j])) * up;
-            put_pairs(f, h, tile * 4 + row, column, mine && row < 4);
+            put_pairs(f, out, h, tile * 4 + row, column, mine && row < 4);
           } else if constexpr (S::kEpilogue == Epilogue::kResidual) {
             const u32 place = f.residual(local, row, column);
             if (mine) y[j] += load_shared_float(place);
-            put_pairs(f, y[j] * gamma, tile * 8 + row, column, mine);
+            put_pairs(f, out, y[j] * gamma, tile * 8 + row, column, mine);
             if (mine) store_shared_float(place, y[j]);
           }
         }
@@ -179,11 +180,11 @@ struct LinearColumns {
     f.turn = turn - groups;  // what is handed over in all stages goes round the finishers
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
     if constexpr (S::kEpilogue == Epilogue::kResidual) {
-      ColumnsOut<M, S>::done_with_moments(f, out_tag, tiles);
+      out.done_with_moments(f, out_tag, tiles);
       const u32 next = S::kNextLayer ? (layer + 1) % M::kLayers : layer;
       f.fetch_gamma(f.p.vectors + (u64)next * M::kLayerVectors + S::kNextGamma, tiles);
     } else if constexpr (S::kEpilogue == Epilogue::kSwiglu) {
-      ColumnsOut<M, S>::done(f, out_tag, tiles);
+      out.done(f, out_tag, tiles);
     }
   }
 
@@ -194,6 +195,12 @@ struct LinearColumns {
     if (column >= columns) return nullptr;
     float* all = f.p.sequences[f.column(column).sequence].logits;
     return all ? all + (u64)f.column_more(column).index * M::kVocab : nullptr;
+  }
+
+  // Where a vector goes that all read.
+  static FF_DEVICE auto out_of(const Finisher<M>& f, u32 step, u32 layer) {
+    if constexpr (S::kEpilogue == Epilogue::kResidual || S::kEpilogue == Epilogue::kSwiglu) return ColumnsOut<M, S>(f, step, layer);
+    else return 0;
   }
 
   using Sums = typename ColumnSums<M, S>::Type;
@@ -251,8 +258,9 @@ struct LinearColumns {
   }
 
   // Rows come in pairs: the lane of the even row puts both.
-  static FF_DEVICE void put_pairs(Finisher<M>& f, float y, u32 row, u32 column, bool mine) {
+  template <class Out>
+  static FF_DEVICE void put_pairs(const Finisher<M>& f, const Out& out, float y, u32 row, u32 column, bool mine) {
     const float next = __shfl_down_sync(kAllLanes, y, 4);
-    if (mine && !(row & 1)) ColumnsOut<M, S>::put(f, row, column, T::pack(y, next));
+    if (mine && !(row & 1)) out.put(f, row, column, T::pack(y, next));
   }
 };

@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import PlanError
 from ...formats import PLAIN, Format
 from ...geometry import Geometry, ceil_div, round_up
-from ...plan import COLUMN_HEADS, LEAST_SCALE, Plan, Stage
+from ...plan import COLUMN_HEADS, LEAST_SCALE, Buffer, Plan, Stage
 from ..sampling import MAX_LOGPROBS, SAMPLING, SamplingStruct
 from ..sequence import SEQUENCE
 from ..source import Field, camel, constants, ctypes_fields, struct
@@ -110,6 +110,7 @@ class Source:
     stage_names: tuple[str, ...]  # by the number that a stuck kernel reports
     vectors: Vectors
     exchange_words: int
+    plain_words: int  # of these, which come first: vectors of several columns that are without tags and flags
 
 
 def threads(plan: Plan) -> int:
@@ -250,6 +251,7 @@ class Places:
     moments: dict[str, int]  # sums of squares, of the buffers that have them
     flags: dict[str, int]  # of several columns: what says that a block has handed on its part of a buffer
     appended: int  # of several columns: what says that a key or a value is in the cache
+    plain: dict[str, int]  # of several columns: words of a copy of those buffers that have two and no flags, which come first
     size: int
 
 
@@ -259,6 +261,7 @@ def place_buffers(plan: Plan) -> Places:
     buffers: dict[str, int] = {}
     moments: dict[str, int] = {}
     flags: dict[str, int] = {}
+    plain: dict[str, int] = {}
     total = 0
 
     def take(words: int) -> int:
@@ -267,7 +270,12 @@ def place_buffers(plan: Plan) -> Places:
         total += round_up(words, FLAG_ALIGNMENT)
         return at
 
-    for b in plan.buffers:
+    def is_plain(b: Buffer) -> bool:
+        """Of several columns: whether all its readers keep it in shared memory."""
+        geometries = [s.geometry for s in plan.stages if s.geometry and s.reads[0] == b.name]
+        return columns > 1 and b.kind == "half" and all(panel(plan, g).buffers == 0 for g in geometries)
+
+    for b in sorted(plan.buffers, key=lambda b: not is_plain(b)):
         values = round_up(b.values, t.tile_rows)
         if b.kind == "token":
             words = columns * (4 * (1 + PART_WORDS) * t.workers + LIST_WORDS) + (4 if columns > 1 else 0)
@@ -280,17 +288,27 @@ def place_buffers(plan: Plan) -> Places:
         else:  # readers' columns, padding included
             values = max(s.geometry.columns for s in plan.stages if s.geometry and s.reads[0] == b.name)
             words = round_up(values, CELL) * columns // 4
-            flags[b.name] = take(t.exchange_copies * flag_stride(plan))
+            if is_plain(b):
+                plain[b.name] = round_up(words, FLAG_ALIGNMENT)
+                words = 2 * plain[b.name]
+            else:
+                flags[b.name] = take(t.exchange_copies * flag_stride(plan))
         buffers[b.name] = take(words)
+    for b in plan.buffers:
         if b.moment:
-            moments[b.name] = take(t.workers if columns == 1 else ceil_div(t.workers * columns, 2))
+            moments[b.name] = take(t.workers * columns)
     appended = take(2 * columns * kv.heads if columns > 1 else 0)
-    return Places(buffers, moments, flags, appended, total)
+    return Places(buffers, moments, flags, appended, plain, total)
 
 
 def flag_stride(plan: Plan) -> int:
     """Words from one copy of a buffer's flags to the next."""
     return round_up(plan.target.workers, FLAG_ALIGNMENT)
+
+
+def written_rows(stage: Stage, tile_rows: int) -> int:
+    """Rows of a tile of what a stage writes, as a vector."""
+    return tile_rows // 2 if stage.linear and stage.linear.epilogue == "swiglu" else tile_rows
 
 
 def writers(plan: Plan, buffer: str) -> int:
@@ -456,8 +474,22 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         if stage.reads and stage.reads[0] in buffers:
             facts.append(("int", "kInput", buffers[stage.reads[0]]))
         for end, buffer in (("In", stage.reads[0]), ("Out", stage.writes)):
+            if buffer not in places.flags and buffer not in places.plain:
+                continue
+            facts += [
+                ("u32", f"k{end}Blocks", writers(plan, buffer)),
+                ("u32", f"k{end}Writes", sum(s.writes == buffer for s in plan.stages)),  # versions of a pass
+                ("int", f"k{end}Copy", places.plain.get(buffer, 0)),  # words
+            ]
             if buffer in places.flags:
-                facts += [("int", f"kFlags{end}", places.flags[buffer]), ("u32", f"k{end}Blocks", writers(plan, buffer))]
+                facts.append(("int", f"kFlags{end}", places.flags[buffer]))
+            if end == "In":
+                writer = next(s for s in plan.stages if s.writes == buffer)
+                facts.append(("u32", "kInRows", writer.tiles * written_rows(writer, t.tile_rows)))
+            else:
+                facts.append(("u32", "kTilePairs", written_rows(stage, t.tile_rows) // 2))
+                if stage.linear is None:
+                    facts.append(("bool", "kNextLayer", False))
         facts.append(("int", "kOutput", buffers[stage.writes]))
         text.extend(constants(facts))
         text.append("};\n")
@@ -497,7 +529,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append("  }\n};\n")
     text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
-    return Source("\n".join(text) + "\n", names, vectors, places.size * (1 if several else t.exchange_copies))
+    exchange = places.size * (1 if several else t.exchange_copies)
+    return Source("\n".join(text) + "\n", names, vectors, exchange, 2 * sum(places.plain.values()))
 
 
 def include_paths() -> list[Path]:

@@ -36,6 +36,16 @@ FF_DEVICE void store_words(u64* p, u32 a, u32 b, u32 tag) {
   asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1,%2};" ::"l"(p), "l"(join(a, tag)), "l"(join(b, tag)) : "memory");
 }
 
+// Vectors of several columns (panel.cuh) have no tags. Where a pair of values is not there yet is kAbsent: two NaNs that no instruction makes.
+constexpr u32 kAbsent = 0xffffffffu;
+FF_DEVICE uint4 load_pairs(const void* p) {  // each of the four is atomic for itself
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+FF_DEVICE bool present(const uint4& v) { return v.x != kAbsent && v.y != kAbsent && v.z != kAbsent && v.w != kAbsent; }
+FF_DEVICE void store_pair(u32* p, u32 pair) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(pair) : "memory"); }
+
 // Every wait in the kernel is bounded. Whoever waits too long writes where it stood, once, and raises `stopped` for all; from
 // then on every wait gives up at once and the kernel unwinds through its ordinary control flow.
 struct Watch {

@@ -1,7 +1,11 @@
 // Vectors of several columns, on their way from all blocks to all blocks.
 //
-// Between C columns a vector would be too many tagged words to poll. So its values are plain data, [cell][column][32 values of 16 bits],
-// and what is tagged are flags: one word of each block that writes a part. Who has seen all of them may read everything.
+// Between C columns a vector would be too many tagged words to poll. So its values are plain data, [cell][column][32 values of 16 bits], and
+// say themselves whether they are there: in the place of what is not is kAbsent. Each vector has two copies, for versions in turn: who
+// writes its part of one makes its part of the other ready for the next, since all have read what that holds (validate.py). That it is ready
+// has been seen by all before they look for the next: a fence follows, and whole vectors come and go in between.
+// A vector that its readers have no room for is read piece by piece, many times. It has one copy, and flags, tagged: a word of each block that
+// writes a part. Who has seen all of them may read everything.
 //
 // A warp of the consumers copies its cells into shared memory, its panel, where they lie as they do in global memory: 64 bytes of a column
 // are two steps of 16 values. Those of four columns are what an instruction multiplies, 8 bytes a lane: column n of the operand is column
@@ -14,51 +18,72 @@
 
 template <class M, class S>
 struct ColumnsOut {
+  static constexpr bool kFlags = S::kOutCopy == 0;
+  u32 odd;  // which of the two copies is that of this version
+
+  FF_DEVICE ColumnsOut(const Finisher<M>& f, u32 step, u32 layer)
+      : odd(f.version(step, S::kNextLayer ? layer + 1 : layer, S::kOutWrites) & 1) {}
+
   // Rows `row`, an even number, and row + 1 of a column that exists.
-  static FF_DEVICE void put(const Finisher<M>& f, u32 row, u32 column, u32 pair) {
-    const u32 at = (row / 32 * M::kColumns + column) * 16 + row % 32 / 2;
-    reinterpret_cast<u32*>(f.words(S::kOutput))[at] = pair;
+  FF_DEVICE void put(const Finisher<M>& f, u32 row, u32 column, u32 pair) const {
+    u32* const at = place(f, odd, row / 2, column);
+    if constexpr (kFlags) *at = pair;
+    else store_pair(at, pair);
   }
 
   // For all finishers, when they have put what they have of this block's tiles.
-  static FF_DEVICE void done(const Finisher<M>& f, u32 tag, uint2 tiles) {
+  FF_DEVICE void done(const Finisher<M>& f, u32 tag, uint2 tiles) const {
     if (tiles.y == 0) return;
-    f.sync();
-    if (f.index == 0) raise(f, tag, tiles);
+    if constexpr (kFlags) f.sync();
+    finish(f, tag, tiles);
   }
   // The same of the residual, with the sum of squares of each column, always summed in the same order. It also makes what a finisher stored
   // in the residual visible to the others: a row's next finisher may be another one.
-  static FF_DEVICE void done_with_moments(const Finisher<M>& f, u32 tag, uint2 owned) {
+  FF_DEVICE void done_with_moments(const Finisher<M>& f, u32 tag, uint2 owned) const {
     if (owned.y == 0) return;
     f.sync();
-    if (f.index != 0) return;
-    constexpr u32 kRows = 32 / M::kColumns;  // at once
-    const u32 column = f.lane % M::kColumns;
-    float sum = 0;
-    for (u32 row = f.lane / M::kColumns; row < owned.y * 8; row += kRows) {
-      const float y = load_shared_float(f.residual(0, row, column));
-      sum += y * y;
-    }
+    if (f.index == 0) {
+      constexpr u32 kRows = 32 / M::kColumns;  // at once
+      const u32 column = f.lane % M::kColumns;
+      float sum = 0;
+      for (u32 row = f.lane / M::kColumns; row < owned.y * 8; row += kRows) {
+        const float y = load_shared_float(f.residual(0, row, column));
+        sum += y * y;
+      }
 #pragma unroll
-    for (int o = M::kColumns; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
-    float* to = reinterpret_cast<float*>(f.words(S::kMomentOut)) + number(owned) * M::kColumns;
-    if (f.lane < M::kColumns) to[f.lane] = sum;
-    __syncwarp();
-    raise(f, tag, owned);
+      for (int o = M::kColumns; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+      if (f.lane < M::kColumns) store_word(f.words(S::kMomentOut) + number(owned) * M::kColumns + f.lane, __float_as_uint(sum), tag);
+      __syncwarp();
+    }
+    finish(f, tag, owned);
   }
 
  private:
   // Of this block, among those that write: where there are fewer tiles than blocks, none has two.
   static FF_DEVICE u32 number(uint2 tiles) { return S::kOutBlocks < M::kWorkers ? tiles.x : blockIdx.x; }
-  static FF_DEVICE void raise(const Finisher<M>& f, u32 tag, uint2 tiles) {
-    fence_device();
-    if (f.lane < M::kFlagCopies) store_word(f.words(S::kFlagsOut) + f.lane * M::kFlagStride + number(tiles), 0, tag);
+
+  static FF_DEVICE u32* place(const Finisher<M>& f, u32 copy, u32 pair, u32 column) {
+    return reinterpret_cast<u32*>(f.words(S::kOutput)) + (copy * (2 * S::kOutCopy) + (pair / 16 * M::kColumns + column) * 16 + pair % 16);
+  }
+  FF_DEVICE void finish(const Finisher<M>& f, u32 tag, uint2 tiles) const {
+    if constexpr (kFlags) {
+      if (f.index != 0) return;
+      fence_device();
+      if (f.lane < M::kFlagCopies) store_word(f.words(S::kFlagsOut) + f.lane * M::kFlagStride + number(tiles), 0, tag);
+    } else {
+      // NOTE: all columns, for the next pass may have others.
+      for (u32 pair = tiles.x * S::kTilePairs + f.index * 32 + f.lane; pair < (tiles.x + tiles.y) * S::kTilePairs; pair += M::kFinishers * 32)
+#pragma unroll
+        for (int column = 0; column < M::kColumns; column++) store_pair(place(f, 1 - odd, pair, column), kAbsent);
+      fence_device();
+      f.sync();  // whoever writes there next comes later
+    }
   }
 };
 
 // ---- who reads ----
 
-// Until all blocks have written their part of what stage S reads: for `warps` warps, of which this is number `index`, before they meet.
+// Until all flags of what stage S reads are raised: for `warps` warps, of which this is number `index`, before they meet.
 // NOTE: each word is read by a lane of its own, as far as there are warps: such loads wait for one another.
 template <class S, u32 warps, class R>
 FF_DEVICE void await_columns(const R& r, u32 index, u32 tag) {
@@ -84,20 +109,31 @@ FF_DEVICE void await_columns(const R& r, u32 index, u32 tag) {
 template <class M, class S>
 FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kColumnGroups]) {
   constexpr u32 kPairs = M::kColumns / 2, kBlocks = 32 / kPairs;  // a lane takes two columns; blocks that a warp has at once
-  constexpr int kLoads = ceil_div(S::kInBlocks, kBlocks * M::kFinishers);
-  await_columns<S, M::kFinishers>(f, f.index, tag);
-  f.sync();
-  const u32 first = f.index * kBlocks + f.lane / kPairs;
-  const u64* pairs = f.words(S::kMomentIn) + first * kPairs + f.lane % kPairs;
-  u64 w[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; i++)
-    w[i] = first + i * kBlocks * M::kFinishers < S::kInBlocks ? load_word(pairs + i * kBlocks * M::kFinishers * kPairs) : 0;
+  constexpr int kLoads = ceil_div(S::kInBlocks, kBlocks * M::kFinishers), kAtOnce = kLoads < 4 ? kLoads : 4;
   float low = 0, high = 0;
+  Looks<M> looks(f.looks_place(S::kWhere));
+#pragma unroll 1
+  for (u32 first = f.index * kBlocks + f.lane / kPairs; first - f.lane / kPairs < S::kInBlocks; first += kAtOnce * kBlocks * M::kFinishers) {
+    const u64* pairs = f.words(S::kMomentIn) + (first * kPairs + f.lane % kPairs) * 2;
+    u64 w[kAtOnce][2];
+    bool here;
+#pragma unroll 1
+    do {
+      if (!looks.again(f.watch)) break;
 #pragma unroll
-  for (int i = 0; i < kLoads; i++) {
-    low += __uint_as_float((u32)w[i]);
-    high += __uint_as_float((u32)(w[i] >> 32));
+      for (int i = 0; i < kAtOnce; i++) {
+        w[i][0] = w[i][1] = join(0, tag);
+        if (first + i * kBlocks * M::kFinishers < S::kInBlocks) load_words(pairs + i * kBlocks * M::kFinishers * M::kColumns, w[i][0], w[i][1]);
+      }
+      here = true;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) here = here && split(w[i][0]).tag == tag && split(w[i][1]).tag == tag;
+    } while (!looks.found(here, f.lane));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      low += __uint_as_float(split(w[i][0]).value);
+      high += __uint_as_float(split(w[i][1]).value);
+    }
   }
 #pragma unroll
   for (int o = kPairs; o < 32; o <<= 1) {
@@ -121,6 +157,7 @@ FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kCol
 }
 
 // A warp's cells of x in shared memory: all of them, if there is room.
+// NOTE: the warps of a block must have met since they used what lies in its place.
 template <class M, class S, bool all = S::kBuffers == 0>
 struct Panel {
   static constexpr bool kHeld = true;
@@ -129,15 +166,40 @@ struct Panel {
   u32 first;    // where it is
   u32 factors;  // where those of its columns are, if it holds integers
 
-  FF_DEVICE Panel(const Consumer<M>& c, u32)
+  // Waits for them, as does `Operand` for those of one column.
+  FF_DEVICE Panel(const Consumer<M>& c, u32, u32 step, u32 layer)
       : lane(c.lane), columns(c.columns()), first(c.shared + Layout<M>::kPanel + c.warp * kBytes),
         factors(c.shared + Layout<M>::kFactors + c.warp * (M::kColumns * 4)), place(first) {
-    constexpr u32 kPieces = M::kColumns * 4;  // of 16 bytes, in a cell
-    const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput)) + c.warp % S::kWarpsColumns * kBytes;
-#pragma unroll 4
-    for (u32 i = lane; i < S::kCells * kPieces; i += 32)
-      if (i % kPieces < columns * 4) async_copy16(first + i * 16, from + i * 16);
-    async_wait();
+    constexpr u32 kPieces = M::kColumns * 4, kAll = S::kCells * kPieces;  // of 16 bytes
+    constexpr int kLanes = ceil_div((int)kAll, 32), kAtOnce = kLanes < 8 ? kLanes : 8;
+    const u32 cell = c.warp % S::kWarpsColumns * S::kCells, odd = c.version(step, layer, S::kInWrites) & 1;
+    const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + odd * S::kInCopy) + cell * kCellBytes;
+    // NOTE: what is behind the last row that anybody writes is padding, and never there.
+    const auto row = [&](u32 i) { return (cell + i / kPieces) * 32 + i % 4 * 8; };
+    const auto exists = [&](u32 i) { return i < kAll && i % kPieces < columns * 4 && (S::kInRows == S::kCells * S::kWarpsColumns * 32 || row(i) < S::kInRows); };
+    Looks<M> looks(c.looks_place(S::kWhere));
+#pragma unroll 1
+    for (u32 base = 0; base < kAll; base += 32 * kAtOnce) {
+      uint4 v[kAtOnce];
+      bool here;
+#pragma unroll 1
+      do {
+        if (!looks.again(c.watch)) break;
+        here = true;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+          const u32 at = base + i * 32 + lane;
+          v[i] = exists(at) ? load_pairs(from + at * 16) : make_uint4(0, 0, 0, 0);
+          static_assert(S::kInRows % 4 == 0, "half a piece may be padding");
+          if (S::kInRows % 8 != 0 && row(at) + 4 >= S::kInRows) v[i].z = v[i].w = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) here = here && present(v[i]);
+      } while (!looks.found(here, lane));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (base + i * 32 + lane < kAll) store_shared4(first + (base + i * 32 + lane) * 16, v[i]);
+    }
     __syncwarp();
   }
 
@@ -165,7 +227,7 @@ struct Panel<M, S, false> {
   static constexpr u32 kCellBytes = M::kColumns * 64;
   u32 lane, columns;
 
-  FF_DEVICE Panel(const Consumer<M>& c, u32 batches) : lane(c.lane), columns(c.columns()), missing(kSteps * batches) {
+  FF_DEVICE Panel(const Consumer<M>& c, u32 batches, u32, u32) : lane(c.lane), columns(c.columns()), missing(kSteps * batches) {
     from = reinterpret_cast<const u8*>(c.words(S::kInput)) + (c.warp % S::kWarpsColumns * S::kCells) * kCellBytes + lane * 16;
     const u32 first = c.shared + Layout<M>::kPanel + c.warp * kBytes;
     end = first + kBytes;

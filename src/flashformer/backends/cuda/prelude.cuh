@@ -139,6 +139,9 @@ FF_DEVICE u32 load_shared8(u32 a) {
 }
 FF_DEVICE float load_shared_float(u32 a) { return __uint_as_float(load_shared(a)); }
 FF_DEVICE void store_shared(u32 a, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
+FF_DEVICE void store_shared4(u32 a, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 FF_DEVICE void store_shared_float(u32 a, float v) { store_shared(a, __float_as_uint(v)); }
 FF_DEVICE void store_shared16(u32 a, u16 v) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(a), "h"(v) : "memory"); }
 FF_DEVICE u32 load_shared_acquire(u32 a) {

@@ -35,6 +35,7 @@ from .pack import KINDS, THREADS, Packer, Weights, gather_vectors, pack_words
 from .turns import run_turns
 
 LOGIT_ROWS = 64  # positions of a launch that returns logits
+ABSENT = 0xFF  # bytes of kAbsent (exchange.cuh)
 POISON = 0xFF  # outputs hold NaN until the kernel has written them
 
 
@@ -216,6 +217,9 @@ class CudaRunner:
         # Tags must never repeat: before they would wrap, the exchange memory is cleared and counting starts again.
         if (p.epoch + steps + 1) * max(self.plan.config.num_layers + 1, ROUND_TAGS) >= 1 << 32:
             self._clear_exchange()
+        if self.source.plain_words:  # no version of them is there
+            driver, context = self.context.driver, self.context
+            check(driver.cuMemsetD8Async(p.exchange, ABSENT, 8 * self.source.plain_words, context.stream), "prepare the exchanges")
         p.steps = steps
         p.run = p.run % 0x7FFFFFFF + 1
         self.context.launch(self.function, target.workers, threads(self.plan), (p,), target.shared_bytes, cooperative=True)
