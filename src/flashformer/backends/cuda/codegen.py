@@ -31,6 +31,7 @@ STREAM = "weight stream"  # where a waiting producer stands
 PART_WORDS = 10  # of what a block tells in a round within a token: see rounds.cuh
 ROUND_TAGS = 32  # of a token: later rounds begin anew
 LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among the most likely ones: see report.cuh
+VERSIONS = 3  # copies of such a vector that needs no flags
 CELL = 32  # values of a column that follow each other in a vector of several columns: see panel.cuh
 PART_BUFFERS, SLICE_BUFFERS = 3, 4  # steps of such a vector that are there or on their way: parts of a tile, or slices of codes
 PIECE_BLOCKS = 16  # of the KV cache that are one part of a head's, for several columns: see units.cuh
@@ -251,7 +252,7 @@ class Places:
     moments: dict[str, int]  # sums of squares, of the buffers that have them
     flags: dict[str, int]  # of several columns: what says that a block has handed on its part of a buffer
     appended: int  # of several columns: what says that a key or a value is in the cache
-    plain: dict[str, int]  # of several columns: words of a copy of those buffers that have two and no flags, which come first
+    plain: dict[str, int]  # of several columns: words of a copy of those buffers that have VERSIONS and no flags, which come first
     size: int
 
 
@@ -290,7 +291,7 @@ def place_buffers(plan: Plan) -> Places:
             words = round_up(values, CELL) * columns // 4
             if is_plain(b):
                 plain[b.name] = round_up(words, FLAG_ALIGNMENT)
-                words = 2 * plain[b.name]
+                words = VERSIONS * plain[b.name]
             else:
                 flags[b.name] = take(t.exchange_copies * flag_stride(plan))
         buffers[b.name] = take(words)
@@ -404,6 +405,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("int", "kColumns", plan.columns),
         ("int", "kColumnGroups", ceil_div(plan.columns, 4)),
         ("int", "kPanelBytes", max(panel(plan, s.geometry).nbytes for s in plan.stages if s.geometry) if several else 0),
+        ("u32", "kVersions", VERSIONS),
         ("int", "kFlagCopies", t.exchange_copies),
         ("int", "kFlagStride", flag_stride(plan)),
         ("int", "kQkvWords", round_up(plan.buffer("qkv").values, t.tile_rows)),
@@ -530,7 +532,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
     exchange = places.size * (1 if several else t.exchange_copies)
-    return Source("\n".join(text) + "\n", names, vectors, exchange, 2 * sum(places.plain.values()))
+    return Source("\n".join(text) + "\n", names, vectors, exchange, VERSIONS * sum(places.plain.values()))
 
 
 def include_paths() -> list[Path]:

@@ -1,9 +1,9 @@
 // Vectors of several columns, on their way from all blocks to all blocks.
 //
 // Between C columns a vector would be too many tagged words to poll. So its values are plain data, [cell][column][32 values of 16 bits], and
-// say themselves whether they are there: in the place of what is not is kAbsent. Each vector has two copies, for versions in turn: who
-// writes its part of one makes its part of the other ready for the next, since all have read what that holds (validate.py). That it is ready
-// has been seen by all before they look for the next: a fence follows, and whole vectors come and go in between.
+// say themselves whether they are there: in the place of what is not is kAbsent. Each vector has three copies, for versions in turn. Who has
+// written its part of one makes its part of the one before absent, which all have read by then (validate.py), for the next but one; a fence
+// later it writes its part of the next. Nobody looks for a version before having read all of the one in front of it, so what it finds is new.
 // A vector that its readers have no room for is read piece by piece, many times. It has one copy, and flags, tagged: a word of each block that
 // writes a part. Who has seen all of them may read everything.
 //
@@ -19,14 +19,14 @@
 template <class M, class S>
 struct ColumnsOut {
   static constexpr bool kFlags = S::kOutCopy == 0;
-  u32 odd;  // which of the two copies is that of this version
+  u32 copy;  // of this version
 
   FF_DEVICE ColumnsOut(const Finisher<M>& f, u32 step, u32 layer)
-      : odd(f.version(step, S::kNextLayer ? layer + 1 : layer, S::kOutWrites) & 1) {}
+      : copy(f.copy_of(step, S::kNextLayer ? layer + 1 : layer, S::kOutWrites)) {}
 
   // Rows `row`, an even number, and row + 1 of a column that exists.
   FF_DEVICE void put(const Finisher<M>& f, u32 row, u32 column, u32 pair) const {
-    u32* const at = place(f, odd, row / 2, column);
+    u32* const at = place(f, copy, row / 2, column);
     if constexpr (kFlags) *at = pair;
     else store_pair(at, pair);
   }
@@ -71,12 +71,13 @@ struct ColumnsOut {
       fence_device();
       if (f.lane < M::kFlagCopies) store_word(f.words(S::kFlagsOut) + f.lane * M::kFlagStride + number(tiles), 0, tag);
     } else {
-      // NOTE: all columns, for the next pass may have others.
+      // NOTE: all columns, for other passes may have more.
+      const u32 before = (copy + M::kVersions - 1) % M::kVersions;
       for (u32 pair = tiles.x * S::kTilePairs + f.index * 32 + f.lane; pair < (tiles.x + tiles.y) * S::kTilePairs; pair += M::kFinishers * 32)
 #pragma unroll
-        for (int column = 0; column < M::kColumns; column++) store_pair(place(f, 1 - odd, pair, column), kAbsent);
+        for (int column = 0; column < M::kColumns; column++) store_pair(place(f, before, pair, column), kAbsent);
       fence_device();
-      f.sync();  // whoever writes there next comes later
+      f.sync();  // what any finisher writes next comes later
     }
   }
 };
@@ -172,8 +173,8 @@ struct Panel {
         factors(c.shared + Layout<M>::kFactors + c.warp * (M::kColumns * 4)), place(first) {
     constexpr u32 kPieces = M::kColumns * 4, kAll = S::kCells * kPieces;  // of 16 bytes
     constexpr int kLanes = ceil_div((int)kAll, 32), kAtOnce = kLanes < 8 ? kLanes : 8;
-    const u32 cell = c.warp % S::kWarpsColumns * S::kCells, odd = c.version(step, layer, S::kInWrites) & 1;
-    const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + odd * S::kInCopy) + cell * kCellBytes;
+    const u32 cell = c.warp % S::kWarpsColumns * S::kCells, copy = c.copy_of(step, layer, S::kInWrites);
+    const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + copy * S::kInCopy) + cell * kCellBytes;
     // NOTE: what is behind the last row that anybody writes is padding, and never there.
     const auto row = [&](u32 i) { return (cell + i / kPieces) * 32 + i % 4 * 8; };
     const auto exists = [&](u32 i) { return i < kAll && i % kPieces < columns * 4 && (S::kInRows == S::kCells * S::kWarpsColumns * 32 || row(i) < S::kInRows); };

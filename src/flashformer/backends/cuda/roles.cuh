@@ -117,8 +117,8 @@ struct Block {
   }
   // Version tag of what is handed over in front of `layer` of the token that is being made.
   FF_DEVICE u32 tag(u32 step, u32 layer) const { return (p.epoch + fresh(step)) * (M::kLayers + 1) + layer; }
-  // Version of a vector of several columns that is written so often in a pass, of the copy that it goes to.
-  static FF_DEVICE u32 version(u32 step, u32 layer, u32 writes) { return fresh(step) * writes + layer; }
+  // Of a vector of several columns that is written so often in a pass: the copy that one version goes to.
+  static FF_DEVICE u32 copy_of(u32 step, u32 number, u32 writes) { return (fresh(step) * writes + number) % M::kVersions; }
   FF_DEVICE u32 position(u32 step) const { return p.start + fresh(step); }
   // The prompt's tokens need no head unless their logits are wanted.
   FF_DEVICE bool wants_head(u32 step) const {
