@@ -85,7 +85,7 @@ def check(device: Device, checkpoint: Checkpoint, columns: int, formats: Mapping
 def test_plain_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     device = emulated_gpu(monkeypatch, case.arch, case.workers)
-    device.target = replace(device.target, panel_bytes=case.panel_bytes)
+    device.target = replace(device.target, panel_bytes=case.panel_bytes, plain_panel_bytes=0)
     write_folder(tmp_path, make_config("Qwen2ForCausalLM", torch_dtype=case.dtype, **case.config), dtype=case.dtype)
     with open_checkpoint(tmp_path) as checkpoint:
         plan = check(device, checkpoint, case.columns)
@@ -111,7 +111,7 @@ def test_codes(number: int, model: tuple[int, str, int, str, bool] | None, tmp_p
     chosen = {stage: FORMS[names[(number * len(STAGES) + i) % len(names)]] for i, stage in enumerate(STAGES)}
     others = {part: chosen[stage][0] for stage, parts in STAGES.items() for part in parts}
     device = emulated_gpu(monkeypatch, arch)
-    device.target = replace(device.target, panel_bytes=panel_bytes)
+    device.target = replace(device.target, panel_bytes=panel_bytes, plain_panel_bytes=0)
     sizes = {"hidden_size": 256, "head_dim": 32, "intermediate_size": 2304, "vocab_size": 291, "tie_word_embeddings": True}
     write_folder(tmp_path, make_config(num_hidden_layers=1, torch_dtype=dtype, **sizes), dtype=dtype)
     with open_checkpoint(tmp_path) as plain:

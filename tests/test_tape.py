@@ -125,7 +125,7 @@ def test_tapes_of_codes_and_their_scales(format: Format, target: str, hidden: in
 )
 def test_groups_whose_x_does_not_stay_are_read_in_batches(format: Format, panel: int, workers: int, batch: int) -> None:
     config = planned(1, "cpu", hidden_size=320, ffn_size=18 * 256).config
-    target, graph = replace(get("sm_90"), panel_bytes=panel << 10), build_graph(config)
+    target, graph = replace(get("sm_90"), panel_bytes=panel << 10, plain_panel_bytes=0), build_graph(config)
     formats = dict.fromkeys(graph.weights(), format) if format != PLAIN else None
     plan = make_plan(config, graph, target, workers=workers, formats=formats, columns=8)
     assert {s.geometry.together for s in plan.stages if s.geometry and s.name == "down"} == {batch}

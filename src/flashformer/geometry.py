@@ -133,8 +133,8 @@ def choose_geometry(target: Target, columns: int, format: Format = PLAIN, share:
 
 def choose_batch(target: Target, g: Geometry, columns: int, groups: int) -> int:
     """`together` of a stage of a kernel of so many columns, of which a worker has at most so many groups."""
-    x_bytes = columns * 2 * target.warps * g.fragment_columns  # of a fragment of all warps
-    if columns == 1 or g.fragments * x_bytes <= target.panel_bytes or 2 * g.part_sizes()[0] * x_bytes > target.panel_bytes:
+    x_bytes, room = columns * 2 * target.warps * g.fragment_columns, target.panel_room(g.format)  # of a fragment of all warps
+    if columns == 1 or g.fragments * x_bytes <= room or 2 * g.part_sizes()[0] * x_bytes > room:
         return 1
     return max(1, min(groups, MOST_SUMS // ceil_div(columns, 4), MOST_BATCH))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import PlanError
-from ..formats import Format
+from ..formats import PLAIN, Format
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Target:
     prefetch_chunks: int = 0  # how far L2 prefetches run ahead of a full ring
     prefetch_cycles: int = 0  # between two of them: an SM's fair share of the bandwidth
     first_look_cycles: int = 0  # before a vector is polled: an exchange takes no less
-    panel_bytes: int = 0  # that vectors of several columns may take of shared memory, if need be by less than a whole vector
+    panel_bytes: int = 0  # that vectors of several columns may take of shared memory, if need be by less than a whole vector,
+    plain_panel_bytes: int = 0  # and where weights are 16-bit values, which wait for the ring more than for their vectors (0: as many)
     exchange_copies: int = 1  # of a vector that every SM reads, so that not all poll the same lines
     kv_min_blocks: int = 2  # fewest blocks of the KV cache that are worth a piece of their own
     kv_slack_bytes: int = 65536  # of the KV cache that an SM may read beyond its even share, so that it meets one head only
@@ -68,6 +69,10 @@ class Target:
     def runs(self, format: Format) -> bool:
         """Whether there is a kernel for exactly this format."""
         return self.fit(format) == format
+
+    def panel_room(self, format: Format) -> int:
+        """Bytes of shared memory that vectors of several columns may take in a stage."""
+        return min(self.panel_bytes, self.plain_panel_bytes or self.panel_bytes) if format == PLAIN else self.panel_bytes
 
     def columns_of(self, format: Format) -> int:
         """Columns of a fragment of a format."""

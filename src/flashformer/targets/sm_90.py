@@ -24,6 +24,7 @@ TARGET = Target(
     columns=(1, 2, 4, 8, 16),
     shared_bytes=232448,
     panel_bytes=132 << 10,
+    plain_panel_bytes=64 << 10,
     bulk_copy=True,
     window=((1, 5 * CHUNK), (2, 4 * CHUNK), (8, 3 * CHUNK), (99, 2 * CHUNK)),
     prefetch_chunks=12,

@@ -231,7 +231,7 @@ def panel(plan: Plan, g: Geometry) -> Panel:
     """The panel of a stage: as much of x as the target has room for."""
     slices, cell_bytes = g.format != PLAIN and g.together == 1, CELL * 2 * plan.target.warps * plan.columns
     steps = tuple(size * g.fragment_columns // CELL for size in ((1,) * g.fragments if slices else g.part_sizes()))
-    held, buffers, room = len(steps), 0, plan.target.panel_bytes // cell_bytes
+    held, buffers, room = len(steps), 0, plan.target.panel_room(g.format) // cell_bytes
     if sum(steps) > room and held > 2:
         buffers = max(2, min(SLICE_BUFFERS if slices else PART_BUFFERS, room // steps[0]))
         held = max(0, room // steps[0] - buffers) if g.together == 1 else 0

@@ -4,7 +4,7 @@
 // ones, a byte each, in the order in which a lane wants them. As with one column, each column has one scale for all that a warp has of it.
 // Column n of an operand is half n % 2 of, with two columns, step n / 2 % 2 of column n / 4; with more, of column n / 2 of a group of four, whose
 // two steps have an instruction each: of one the rows of the first step count, of the other those of the second.
-// With sixteen columns there would be more instructions than are spared in unpacking.
+// With more columns, or half as many of codes of two operands, there would be more instructions than are spared in unpacking.
 #pragma once
 #include "codes_columns.cuh"
 
@@ -13,7 +13,7 @@ template <class M, class S>
 FF_DEVICE constexpr bool integer_columns() {
   if constexpr (S::kCoded) {
     using Code = typename S::Format::Code;
-    if constexpr (Code::kInteger) return Code::kDigits == 1 && M::kColumns <= kIntegerColumns && Panel<M, S>::kHeld;
+    if constexpr (Code::kInteger) return Code::kDigits == 1 && Code::kOperands * M::kColumns <= kIntegerColumns && Panel<M, S>::kHeld;
   }
   return false;
 }

@@ -110,7 +110,7 @@ FF_DEVICE void await_columns(const R& r, u32 index, u32 tag) {
 template <class M, class S>
 FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kColumnGroups]) {
   constexpr u32 kPairs = M::kColumns / 2, kBlocks = 32 / kPairs;  // a lane takes two columns; blocks that a warp has at once
-  constexpr int kLoads = ceil_div(S::kInBlocks, kBlocks * M::kFinishers), kAtOnce = kLoads < 4 ? kLoads : 4;
+  constexpr int kLoads = ceil_div(S::kInBlocks, kBlocks * M::kFinishers), kAtOnce = kLoads < 3 ? kLoads : 3;
   float low = 0, high = 0;
   Looks<M> looks(f.looks_place(S::kWhere));
 #pragma unroll 1
@@ -172,7 +172,7 @@ struct Panel {
       : lane(c.lane), columns(c.columns()), first(c.shared + Layout<M>::kPanel + c.warp * kBytes),
         factors(c.shared + Layout<M>::kFactors + c.warp * (M::kColumns * 4)), place(first) {
     constexpr u32 kPieces = M::kColumns * 4, kAll = S::kCells * kPieces;  // of 16 bytes
-    constexpr int kLanes = ceil_div((int)kAll, 32), kAtOnce = kLanes < 8 ? kLanes : 8;
+    constexpr int kLanes = ceil_div((int)kAll, 32), kAtOnce = kLanes < 6 ? kLanes : 6;
     const u32 cell = c.warp % S::kWarpsColumns * S::kCells, copy = c.copy_of(step, layer, S::kInWrites);
     const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + copy * S::kInCopy) + cell * kCellBytes;
     // NOTE: what is behind the last row that anybody writes is padding, and never there.

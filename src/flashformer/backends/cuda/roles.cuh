@@ -11,7 +11,7 @@
 constexpr int kConsumers = 8;
 constexpr int kMergeBytes = 17 * 1024;  // of shared memory in which attention's warps meet, at most
 constexpr int kMostSequences = 32;      // of a launch: a lane each
-constexpr int kIntegerColumns = 8;      // most columns that meet codes in integer instructions
+constexpr int kIntegerColumns = 8;      // most columns that meet codes in integer instructions, times the operands that a code has
 
 // Shared memory, in bytes from its beginning. M is the generated `Model`.
 template <class M>
