@@ -19,10 +19,18 @@ class ExchangeModel:
 
     blocks: of the KV cache, per head. Two variants that are known to be wrong: every worker publishes sums of squares, with
     or without a part of the residual; the token's words have one copy.
+
+    versions: copies of vectors without tags, as kernels of several columns have them (panel.cuh); 0: words have tags. `stale` lists looks
+    that may find what a copy held before.
     """
 
-    def __init__(self, plan: Plan, blocks: int, tokens: int = 2, all_publish_moments: bool = False, token_copies: int = 2) -> None:
-        self.plan, self.blocks, self.all_publish_moments = plan, blocks, all_publish_moments
+    def __init__(
+        self, plan: Plan, blocks: int, tokens: int = 2, all_publish_moments: bool = False, token_copies: int = 2, versions: int = 0
+    ) -> None:
+        self.plan, self.blocks, self.all_publish_moments, self.versions = plan, blocks, all_publish_moments, versions
+        self.plain = {b.name for b in plan.buffers if b.kind == "half"} if versions else set()
+        self.cleared: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # (buffer, version): by whom, event; before the next
+        self.looks: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # (buffer, version): whose, newest event before it
         self.past: list[int] = []  # of each event: the set of events before it, as bits
         workers, finishers = plan.target.workers, plan.target.finisher_warps
         self.consumer = [self.event() for _ in range(workers)]  # latest event
@@ -49,6 +57,14 @@ class ExchangeModel:
             if not self.past[write] >> read & 1
         ]
 
+        self.stale = [
+            f"{reader} may find what was there before {writer}"
+            for (name, n), looks in self.looks.items()
+            for writer, cleared in self.cleared[name, n - versions + 1]
+            for reader, look in looks
+            if not (self.past[look] | 1 << look) >> cleared & 1
+        ]
+
     def event(self, *after: int) -> int:
         """A new event."""
         past = 0
@@ -72,8 +88,17 @@ class ExchangeModel:
             self.writes[name].append([])
         for w in range(self.plan.target.workers):
             getattr(self, f"walk_{s.kind}")(s, w, output)
+        if output in self.plain:
+            self.clear(s, output)
         if s.kind == "token":
             self.choose(s)
+
+    def clear(self, s: Stage, output: str) -> None:
+        """Finishers that have published make the copy of the version before absent, and meet."""
+        for w in range(self.plan.target.workers):
+            if s.count[w]:
+                self.finisher[w] = [self.event(*self.finisher[w])] * len(self.finisher[w])
+                self.cleared[output, len(self.writes[output]) - 1].append((f"{s.name} {s.layer} of {w}", self.finisher[w][0]))
 
     def publish(self, s: Stage, w: int, finisher: int, tile: int, name: str, *after: int) -> None:
         """A finisher writes a tile's part of a buffer's newest version."""
@@ -103,6 +128,10 @@ class ExchangeModel:
         assert s.linear is not None and s.geometry is not None
         if s.count[w]:
             (name,) = s.reads
+            if name in self.plain:
+                if s.name == "head":
+                    self.consumer[w] = self.read(s, w, "consumers", f"{name}.moments", self.consumer[w], *self.written(f"{name}.moments"))
+                self.looks[name, self.version[name]].append((f"{s.name} {s.layer} of {w}", self.consumer[w]))
             self.consumer[w] = x = self.read(s, w, "consumers", name, self.consumer[w], *self.written(name))
             for f in range(len(self.finisher[w])):
                 tiles = [t for t in range(s.count[w]) if t // s.geometry.warps_rows % len(self.finisher[w]) == f]

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exchange_model import ExchangeModel
+from flashformer.backends.cuda.codegen import VERSIONS
 from flashformer.config import ModelConfig
 from flashformer.errors import PlanError
 from flashformer.formats import PLAIN, Format
@@ -425,6 +426,8 @@ def test_nothing_accepted_overtakes_a_reader(config: ModelConfig, workers: int, 
     plan = planned(small, workers)
     validate(plan)
     assert ExchangeModel(plan, blocks).late == []
+    columns = ExchangeModel(plan, blocks, versions=VERSIONS)
+    assert columns.late == [] and columns.stale == []
 
 
 def test_the_events_show_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +436,7 @@ def test_the_events_show_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ExchangeModel(plan, 3, tokens=3).late == []
     assert any("down 0" in late and "qkv 0" in late for late in ExchangeModel(plan, 3, all_publish_moments=True).late)
     assert any("token of" in late for late in ExchangeModel(plan, 3, tokens=3, token_copies=1).late)
+    assert any("gate_up 1" in stale for stale in ExchangeModel(plan, 3, versions=VERSIONS - 1).stale)  # a worker that only reads
     assert ExchangeModel(padding_anywhere(model(**SMALL), 40, monkeypatch), 3).late != []
     reused = hand_over(buffer(plan, "partials", values=6 * 32), "combine", "attention_output", "partials")
     assert any("combine 0 of" in late and "overtakes combine 0" in late for late in ExchangeModel(reused, 3).late)

@@ -81,8 +81,7 @@ struct LinearColumns {
     const u32 tiles = c.tiles(S::tile_word(layer)).y;
     if (tiles == 0) return;
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-    if constexpr (!Panel<M, S>::kHeld) await_columns<S, kConsumers>(c, c.warp, c.tag(step, layer));
-    c.sync();
+    await_x<M, S>(c, c.tag(step, layer));
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
     Panel<M, S> panel(c, (groups + S::kTogether - 1) / S::kTogether, step, layer);
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);

@@ -460,6 +460,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                     ("int", "kHeldSteps", p.held),
                     ("int", "kHeldCells", sum(p.steps[: p.held])),
                     ("int", "kBuffers", p.buffers),
+                    ("bool", "kLast", stage is head),
                 ]
             if g.format != PLAIN:
                 text.extend(describe_format(g.format))

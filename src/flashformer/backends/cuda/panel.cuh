@@ -3,7 +3,8 @@
 // Between C columns a vector would be too many tagged words to poll. So its values are plain data, [cell][column][32 values of 16 bits], and
 // say themselves whether they are there: in the place of what is not is kAbsent. Each vector has three copies, for versions in turn. Who has
 // written its part of one makes its part of the one before absent, which all have read by then (validate.py), for the next but one; a fence
-// later it writes its part of the next. Nobody looks for a version before having read all of the one in front of it, so what it finds is new.
+// later it writes its part of the next. Who looks for a version has read all of the one in front of it, so what it finds is new. Only the head
+// has not, whose blocks may have no tile elsewhere: it waits for the sums of squares first, which have tags.
 // A vector that its readers have no room for is read piece by piece, many times. It has one copy, and flags, tagged: a word of each block that
 // writes a part. Who has seen all of them may read everything.
 //
@@ -84,12 +85,12 @@ struct ColumnsOut {
 
 // ---- who reads ----
 
-// Until all flags of what stage S reads are raised: for `warps` warps, of which this is number `index`, before they meet.
+// Until all blocks that write what stage S reads have published a word, at `words`: for `warps` warps, of which this is number `index`, before
+// they meet.
 // NOTE: each word is read by a lane of its own, as far as there are warps: such loads wait for one another.
 template <class S, u32 warps, class R>
-FF_DEVICE void await_columns(const R& r, u32 index, u32 tag) {
+FF_DEVICE void await_words(const R& r, u32 index, const u64* words, u32 stride, u32 tag) {
   using M = typename R::Model;
-  const u64* words = r.words(S::kFlagsIn) + blockIdx.x % M::kFlagCopies * M::kFlagStride;
   const u32 first = index * 32;
   if (first >= S::kInBlocks) return;
   Looks<M> looks(r.looks_place(S::kWhere));
@@ -101,22 +102,31 @@ FF_DEVICE void await_columns(const R& r, u32 index, u32 tag) {
 #pragma unroll
     for (u32 i = 0; i < ceil_div((int)S::kInBlocks, 32 * warps); i++) {
       const u32 block = first + i * warps * 32 + r.lane;
-      here = here && (block >= S::kInBlocks || split(load_word_acquire(words + block)).tag == tag);
+      here = here && (block >= S::kInBlocks || split(load_word_acquire(words + block * stride)).tag == tag);
     }
   } while (!looks.found(here, r.lane));
+}
+// For all consumers: what there is to wait for before x may be looked at.
+template <class M, class S>
+FF_DEVICE void await_x(const Consumer<M>& c, u32 tag) {
+  if constexpr (S::kInCopy == 0)
+    await_words<S, kConsumers>(c, c.warp, c.words(S::kFlagsIn) + blockIdx.x % M::kFlagCopies * M::kFlagStride, 1, tag);
+  else if constexpr (S::kLast)
+    await_words<S, kConsumers>(c, c.warp, c.words(S::kMomentIn), M::kColumns, tag);
+  c.sync();  // also for what lay in the panel's place
 }
 
 // The scales of an RMSNorm of columns t + 4 j in lane (g, t), from the blocks' sums of squares; for all finishers together.
 template <class M, class S>
 FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kColumnGroups]) {
   constexpr u32 kPairs = M::kColumns / 2, kBlocks = 32 / kPairs;  // a lane takes two columns; blocks that a warp has at once
-  constexpr int kLoads = ceil_div(S::kInBlocks, kBlocks * M::kFinishers), kAtOnce = kLoads < 3 ? kLoads : 3;
+  constexpr int kLoads = ceil_div(S::kInBlocks, kBlocks * M::kFinishers), kAtOnce = kLoads < 6 ? kLoads : 6;
   float low = 0, high = 0;
   Looks<M> looks(f.looks_place(S::kWhere));
 #pragma unroll 1
   for (u32 first = f.index * kBlocks + f.lane / kPairs; first - f.lane / kPairs < S::kInBlocks; first += kAtOnce * kBlocks * M::kFinishers) {
     const u64* pairs = f.words(S::kMomentIn) + (first * kPairs + f.lane % kPairs) * 2;
-    u64 w[kAtOnce][2];
+    u64 w[kAtOnce][2] = {};
     bool here;
 #pragma unroll 1
     do {
@@ -172,16 +182,17 @@ struct Panel {
       : lane(c.lane), columns(c.columns()), first(c.shared + Layout<M>::kPanel + c.warp * kBytes),
         factors(c.shared + Layout<M>::kFactors + c.warp * (M::kColumns * 4)), place(first) {
     constexpr u32 kPieces = M::kColumns * 4, kAll = S::kCells * kPieces;  // of 16 bytes
-    constexpr int kLanes = ceil_div((int)kAll, 32), kAtOnce = kLanes < 6 ? kLanes : 6;
+    constexpr int kLanes = ceil_div((int)kAll, 32), kAtOnce = kLanes < 8 ? kLanes : 8;
     const u32 cell = c.warp % S::kWarpsColumns * S::kCells, copy = c.copy_of(step, layer, S::kInWrites);
     const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + copy * S::kInCopy) + cell * kCellBytes;
     // NOTE: what is behind the last row that anybody writes is padding, and never there.
     const auto row = [&](u32 i) { return (cell + i / kPieces) * 32 + i % 4 * 8; };
     const auto exists = [&](u32 i) { return i < kAll && i % kPieces < columns * 4 && (S::kInRows == S::kCells * S::kWarpsColumns * 32 || row(i) < S::kInRows); };
     Looks<M> looks(c.looks_place(S::kWhere));
+    if constexpr (S::kLast) looks.first = false;  // it has been waited for
 #pragma unroll 1
     for (u32 base = 0; base < kAll; base += 32 * kAtOnce) {
-      uint4 v[kAtOnce];
+      uint4 v[kAtOnce] = {};  // set, or they would stay alive through the whole kernel
       bool here;
 #pragma unroll 1
       do {
