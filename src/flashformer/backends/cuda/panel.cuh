@@ -120,7 +120,7 @@ FF_DEVICE void await_x(const Consumer<M>& c, u32 tag) {
 template <class M, class S>
 FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kColumnGroups]) {
   constexpr u32 kPairs = M::kColumns / 2, kBlocks = 32 / kPairs;  // a lane takes two columns; blocks that a warp has at once
-  constexpr int kLoads = ceil_div(S::kInBlocks, kBlocks * M::kFinishers), kAtOnce = kLoads < 6 ? kLoads : 6;
+  constexpr int kLoads = ceil_div(S::kInBlocks, kBlocks * M::kFinishers), kAtOnce = kLoads < 4 ? kLoads : 4;
   float low = 0, high = 0;
   Looks<M> looks(f.looks_place(S::kWhere));
 #pragma unroll 1
