@@ -83,7 +83,8 @@ def measure(model: str, variants: dict[str, Any], context: int, tokens: int, rep
         ceiling = runner.read_bandwidth()
         first, all_bytes = (plan.token_bytes(position) for position in (0, context + tokens // 2))
         floor = (first + columns * (all_bytes - first)) / ceiling / 1e6
-        print(f"{model} in {weights} at {context}, {columns} columns: {runner.info.name}, read ceiling {ceiling:.0f} GB/s, floor {floor:.4f} ms")
+        where = f"{model} in {weights} at {context}, {columns} columns"
+        print(f"{where}: {runner.info.name}, read ceiling {ceiling:.0f} GB/s, floor {floor:.4f} ms")
         expected: list[int] = []
         for name, variant in variants.items():
             kernel = building[name].result()
