@@ -192,8 +192,6 @@ template <class M, class S>
 struct IntegerProduct {
   using F = typename S::Format;
   using Code = typename F::Code;
-  using Scale = typename F::Scale;
-  using Raw = typename Scale::Raw;
   using X = IntegerOperand<M, S>;
   using Sets = int[Code::kOperands][4];
   static constexpr int kAtOnce = Code::kDigits > 1 ? 2 : S::kFragments;  // slices that are loaded at a time, at most
