@@ -149,7 +149,7 @@ struct Rounds {
     for (int place = kOwn; place <= kAll; place += kAll - kOwn) {
       if (place == kAll) {
         Looks<M> looks(f.looks_place(S::kWhere));
-        mine = look<2>(f, looks, r);
+        mine = look<1>(f, looks, r);
       }
       mine = merge_finishers(f, place, mine, r.first);
       if (place == kOwn && f.index == 0 && f.lane == 0) publish(s, r, mine);
