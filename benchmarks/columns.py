@@ -62,12 +62,19 @@ class Times:
     checked: dict[str, float] | None = None
 
 
+def turns(sequences: int, context: int, count: int) -> list[Turn]:
+    """Tokens of some sequences, each in a slot of its own."""
+    return [Turn(slot, [1], context, count) for slot in range(sequences)]
+
+
+def launch_seconds(runner: CudaRunner, sequences: int, context: int, count: int) -> float:
+    """Seconds on the device for one launch of `count` passes with a token of each sequence."""
+    return runner.time_generate(context, count) if runner.columns == 1 else runner.time_turns(turns(sequences, context, count))
+
+
 def pass_ms(runner: CudaRunner, sequences: int, context: int) -> float:
     """Milliseconds of a pass with a token of each sequence."""
-    if runner.columns == 1:
-        short, long = (runner.time_generate(context, count) for count in (SHORT, LONG))
-    else:
-        short, long = (runner.time_turns([Turn(i, [1], context, count) for i in range(sequences)]) for count in (SHORT, LONG))
+    short, long = (launch_seconds(runner, sequences, context, count) for count in (SHORT, LONG))
     return (long - short) / (LONG - SHORT) * 1e3
 
 

@@ -18,10 +18,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flashformer.backends import Turn
+from columns import launch_seconds, turns
+
 from flashformer.backends.cuda.codegen import generate, include_paths
 from flashformer.backends.cuda.compile import Kernel, run_nvrtc
-from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import FlashFormerError
 from flashformer.formats import NAMED
@@ -57,18 +57,6 @@ def changed(plan: Plan, variant: dict[str, Any]) -> Plan:
     return retarget(plan, **fields)
 
 
-def passes(runner: CudaRunner, context: int, count: int) -> float:
-    """Milliseconds of a pass with a token of as many sequences as there are columns."""
-    if runner.columns == 1:
-        return runner.time_generate(context, count) / count * 1e3
-    return runner.time_turns(turns(runner, context, count)) / count * 1e3
-
-
-def turns(runner: CudaRunner, context: int, count: int) -> list[Turn]:
-    """A sequence a column."""
-    return [Turn(slot, [1], context, count) for slot in range(runner.columns)]
-
-
 def measure(model: str, variants: dict[str, Any], context: int, tokens: int, repeats: int, weights: str = "bf16", columns: int = 1) -> None:
     """Print one line a variant: time, share of the read ceiling, what a layer loses, registers, and whether the tokens are the same."""
     from flashformer.backends.cuda import RandomWeights, load
@@ -90,8 +78,8 @@ def measure(model: str, variants: dict[str, Any], context: int, tokens: int, rep
             kernel = building[name].result()
             present = changed(plan, variant)
             with runner.instead(runner.ready(kernel, present), present):
-                times = [passes(runner, context, tokens) for _ in range(repeats + 1)][1:]
-                made = [one.token for one in sorted(runner.run(turns(runner, context, min(tokens, 32))), key=lambda one: one.turn)]
+                times = [launch_seconds(runner, columns, context, tokens) / tokens * 1e3 for _ in range(repeats + 1)][1:]
+                made = [one.token for one in sorted(runner.run(turns(columns, context, min(tokens, 32))), key=lambda one: one.turn)]
             expected = expected or made
             same = "" if variant.get("wrong") else "same tokens" if made == expected else "OTHER TOKENS"
             ms = statistics.median(times)

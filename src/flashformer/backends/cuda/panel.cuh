@@ -85,34 +85,33 @@ struct ColumnsOut {
 
 // ---- who reads ----
 
-// Until all blocks that write what stage S reads have published a word, at `words`: for `warps` warps, of which this is number `index`, before
-// they meet.
-// NOTE: each word is read by a lane of its own, as far as there are warps: such loads wait for one another.
-template <class S, u32 warps, class R>
-FF_DEVICE void await_words(const R& r, u32 index, const u64* words, u32 stride, u32 tag) {
-  using M = typename R::Model;
-  const u32 first = index * 32;
+// Until all blocks that write what stage S reads have published a word, at `words`: for all consumers, before they meet.
+// NOTE: each word is read by a lane of its own: such loads wait for one another.
+template <class M, class S>
+FF_DEVICE void await_words(const Consumer<M>& c, const u64* words, u32 stride, u32 tag) {
+  constexpr u32 kAtOnce = kConsumers * 32;
+  const u32 first = c.warp * 32;
   if (first >= S::kInBlocks) return;
-  Looks<M> looks(r.looks_place(S::kWhere));
+  Looks<M> looks(c.looks_place(S::kWhere));
   bool here;
 #pragma unroll 1
   do {
-    if (!looks.again(r.watch)) break;
+    if (!looks.again(c.watch)) break;
     here = true;
 #pragma unroll
-    for (u32 i = 0; i < ceil_div((int)S::kInBlocks, 32 * warps); i++) {
-      const u32 block = first + i * warps * 32 + r.lane;
+    for (u32 i = 0; i < ceil_div((int)S::kInBlocks, kAtOnce); i++) {
+      const u32 block = first + i * kAtOnce + c.lane;
       here = here && (block >= S::kInBlocks || split(load_word_acquire(words + block * stride)).tag == tag);
     }
-  } while (!looks.found(here, r.lane));
+  } while (!looks.found(here, c.lane));
 }
 // For all consumers: what there is to wait for before x may be looked at.
 template <class M, class S>
 FF_DEVICE void await_x(const Consumer<M>& c, u32 tag) {
   if constexpr (S::kInCopy == 0)
-    await_words<S, kConsumers>(c, c.warp, c.words(S::kFlagsIn) + blockIdx.x % M::kFlagCopies * M::kFlagStride, 1, tag);
+    await_words<M, S>(c, c.words(S::kFlagsIn) + blockIdx.x % M::kFlagCopies * M::kFlagStride, 1, tag);
   else if constexpr (S::kLast)
-    await_words<S, kConsumers>(c, c.warp, c.words(S::kMomentIn), M::kColumns, tag);
+    await_words<M, S>(c, c.words(S::kMomentIn), M::kColumns, tag);
   c.sync();  // also for what lay in the panel's place
 }
 
