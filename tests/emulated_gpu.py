@@ -37,6 +37,7 @@ INSTRUCTIONS = {
     "ld.relaxed.gpu.global.u64": "v = read_word(p);",
     "ld.acquire.gpu.global.u64": "v = read_word(p);",
     "ld.relaxed.gpu.global.v2.u64": "read_words(p, a, b);",
+    "ld.relaxed.gpu.global.v2.u32": "read_two_pairs(p, a, b);",
     "ld.relaxed.gpu.global.v4.u32": "v = read_pairs(p);",
     "st.relaxed.gpu.global.u64": "gpu::publish(p, join(value, tag));",
     "st.relaxed.gpu.global.u32": "gpu::publish_half(p, pair);",

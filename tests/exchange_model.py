@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from flashformer.backends.cuda.codegen import newcomers
 from flashformer.plan import Plan, Stage
 
 
@@ -20,8 +21,8 @@ class ExchangeModel:
     blocks: of the KV cache, per head. Two variants that are known to be wrong: every worker publishes sums of squares, with
     or without a part of the residual; the token's words have one copy.
 
-    versions: copies of vectors without tags, as kernels of several columns have them (panel.cuh); 0: words have tags. `stale` lists looks
-    that may find what a copy held before.
+    versions: places of vectors, which have no tags (vectors.cuh); 0: words have tags. `stale` lists looks that may find what a place held
+    before.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class ExchangeModel:
     ) -> None:
         self.plan, self.blocks, self.all_publish_moments, self.versions = plan, blocks, all_publish_moments, versions
         self.plain = {b.name for b in plan.buffers if b.kind == "half"} if versions else set()
-        self.cleared: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # (buffer, version): by whom, event; before the next
+        self.cleared: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # (buffer, version): by whom, event
         self.looks: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # (buffer, version): whose, newest event before it
         self.past: list[int] = []  # of each event: the set of events before it, as bits
         workers, finishers = plan.target.workers, plan.target.finisher_warps
@@ -60,9 +61,16 @@ class ExchangeModel:
         self.stale = [
             f"{reader} may find what was there before {writer}"
             for (name, n), looks in self.looks.items()
-            for writer, cleared in self.cleared[name, n - versions + 1]
+            for writer, cleared in self.cleared[name, n - versions]
             for reader, look in looks
             if not (self.past[look] | 1 << look) >> cleared & 1
+        ]
+        self.late += [
+            f"{writer} forgets before {reader}"
+            for (name, n), clears in self.cleared.items()
+            for writer, cleared in clears
+            for reader, read in self.reads[name][n]
+            if not (self.past[cleared] | 1 << cleared) >> read & 1
         ]
 
     def event(self, *after: int) -> int:
@@ -86,19 +94,23 @@ class ExchangeModel:
         for name in (output, f"{output}.moments"):
             self.reads[name].append([])
             self.writes[name].append([])
+        if self.plain and s.name == "attention_output":
+            self.forget([other for other in self.plan.layer_stages(s.layer) if other.writes in self.plain], s)
+        elif self.plain and s.name == "head":
+            self.forget([other for other in self.plan.stages if other.name == "down"][-1:], s)
         for w in range(self.plan.target.workers):
             getattr(self, f"walk_{s.kind}")(s, w, output)
-        if output in self.plain:
-            self.clear(s, output)
         if s.kind == "token":
             self.choose(s)
 
-    def clear(self, s: Stage, output: str) -> None:
-        """Finishers that have published make the copy of the version before absent, and meet."""
+    def forget(self, writers: list[Stage], following: Stage) -> None:
+        """Finishers meet and make those versions of some vectors absent that are two older than the next ones."""
         for w in range(self.plan.target.workers):
-            if s.count[w]:
-                self.finisher[w] = [self.event(*self.finisher[w])] * len(self.finisher[w])
-                self.cleared[output, len(self.writes[output]) - 1].append((f"{s.name} {s.layer} of {w}", self.finisher[w][0]))
+            self.finisher[w] = [self.event(*self.finisher[w])] * len(self.finisher[w])
+            for s in writers:
+                before = len(self.writes[s.writes]) - (s is following) - 2  # which has begun a version
+                if s.count[w] and before >= 0:
+                    self.cleared[s.writes, before].append((f"{s.name} {s.layer} of {w}", self.finisher[w][0]))
 
     def publish(self, s: Stage, w: int, finisher: int, tile: int, name: str, *after: int) -> None:
         """A finisher writes a tile's part of a buffer's newest version."""
@@ -129,7 +141,7 @@ class ExchangeModel:
         if s.count[w]:
             (name,) = s.reads
             if name in self.plain:
-                if s.name == "head":
+                if s.name == "head" and newcomers(self.plan):
                     self.consumer[w] = self.read(s, w, "consumers", f"{name}.moments", self.consumer[w], *self.written(f"{name}.moments"))
                 self.looks[name, self.version[name]].append((f"{s.name} {s.layer} of {w}", self.consumer[w]))
             self.consumer[w] = x = self.read(s, w, "consumers", name, self.consumer[w], *self.written(name))

@@ -426,8 +426,8 @@ def test_nothing_accepted_overtakes_a_reader(config: ModelConfig, workers: int, 
     plan = planned(small, workers)
     validate(plan)
     assert ExchangeModel(plan, blocks).late == []
-    columns = ExchangeModel(plan, blocks, versions=VERSIONS)
-    assert columns.late == [] and columns.stale == []
+    vectors = ExchangeModel(plan, blocks, tokens=3, versions=VERSIONS)
+    assert vectors.late == [] and vectors.stale == []
 
 
 def test_the_events_show_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

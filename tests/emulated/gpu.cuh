@@ -918,6 +918,12 @@ inline void read_words(const u64* p, u64& a, u64& b) {
   a = read_word(p);
   b = read_word(p + 1);
 }
+inline void read_two_pairs(const u32* p, u32& a, u32& b) {
+  if (u64(p) % 8) gpu::fail("two pairs at %p: not a multiple of 8", static_cast<const void*>(p));
+  const u64 w = read_word(reinterpret_cast<const u64*>(p));
+  a = u32(w);
+  b = u32(w >> 32);
+}
 inline uint4 read_pairs(const void* p) {
   if (u64(p) % 16) gpu::fail("four pairs at %p: not a multiple of 16", p);
   u64 w[2];

@@ -1,6 +1,7 @@
 // The end of attention: the partial results of all blocks that share a head become its output.
 #pragma once
 #include "attention.cuh"
+#include "vectors.cuh"
 
 // Joins the partials of all blocks that share a head. A finisher takes 8 values: lane l weighs the l-th piece, then four pairs of
 // values x eight pieces are summed at a time.
@@ -16,9 +17,10 @@ struct Combine {
 
   static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
     f.enter(S::kWhere, layer);
-    const uint2 tiles = f.tiles(1);
+    const uint2 tiles = f.tiles(S::tile_word(layer));
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const u32 tag = f.tag(step, layer), pair = f.lane & 3;
+    const VectorOut<M, S> out(f, step, layer);
     const KvShare<M> share(f.position(step), blockIdx.x);
     if (share.next < share.end) {
       // Others publish their parts when our consumers do; who polls before that only slows them down.
@@ -79,7 +81,7 @@ struct Combine {
         y1 += __shfl_xor_sync(kAllLanes, y1, o);
       }
       if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
-      if (f.lane < 4) f.publish(S::kOutput + at / 2 + pair, T::pack(__fdividef(y0, sum), __fdividef(y1, sum)), tag);
+      if (f.lane < 4) out.put(f, at + 2 * pair, 0, T::pack(__fdividef(y0, sum), __fdividef(y1, sum)));
     }
   }
 

@@ -1,7 +1,7 @@
 // The end of attention of several columns: the partial results of a head's pieces become its output.
 #pragma once
 #include "attention_columns.cuh"
-#include "panel.cuh"
+#include "vectors.cuh"
 
 // A finisher takes 8 values of up to 8 columns: lane = (slot, column, pair of values). Where there are fewer columns there are more
 // slots: each sums every kSlots-th piece in order, and then the slots are joined. The four lanes of a column weigh every fourth piece each.
@@ -17,9 +17,10 @@ struct CombineColumns {
 
   static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
     f.enter(S::kWhere, layer);
-    const uint2 tiles = f.tiles(1);
+    const uint2 tiles = f.tiles(S::tile_word(layer));
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 0);
     const u32 tag = f.tag(step, layer), groups = ceil_div(f.columns(), kAtOnce), turns = tiles.y * groups;
+    const VectorOut<M, S> out(f, step, layer);
     const Units<M> units(f);
     if (units.next < units.behind) {
       // Others publish their parts when our consumers do; who polls before that only slows them down.
@@ -102,11 +103,10 @@ struct CombineColumns {
         y1 = y1 * shrink + __shfl_xor_sync(kAllLanes, y1, o) * share;
         top = most;
       }
-      const ColumnsOut<M, S> out(f, step, layer);
       if (slot == 0 && pieces) out.put(f, row, column, T::pack(__fdividef(y0, sum), __fdividef(y1, sum)));
     }
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
-    ColumnsOut<M, S>(f, step, layer).done(f, tag, tiles);
+    out.done(f, tag, tiles);
   }
 
  private:

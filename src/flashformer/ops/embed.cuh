@@ -1,6 +1,6 @@
 // The embedding row of the token: each owner of hidden tiles takes its part as the residual and publishes it.
 #pragma once
-#include "roles.cuh"
+#include "vectors.cuh"
 
 template <class M, class S>
 struct Embed {
@@ -11,7 +11,8 @@ struct Embed {
   static FF_DEVICE void run(Finisher<M>& f, u32 step) {
     f.enter(S::kWhere, 0);
     const uint2 tiles = f.tiles(0);
-    const u32 tag = f.tag(step, 0), row = f.lane & 7;
+    const u32 row = f.lane & 7;
+    const VectorOut<M, S> to(f, step, 0);
     // Four tiles at a time, one an octet.
     for (u32 local = f.index * 4 + (f.lane >> 3); local < round_up(tiles.y, 4 * M::kFinishers); local += 4 * M::kFinishers) {
       const u32 tile = tiles.x + local, index = tile * 8 + row;
@@ -20,9 +21,9 @@ struct Embed {
       const float gamma = real ? __ldg(f.p.vectors + S::kGamma + index) : 0;
       if (mine) store_shared_float(f.residual(local, row), y);
       const float out = y * gamma, next = __shfl_down_sync(kAllLanes, out, 1);
-      if (mine && !(row & 1)) f.publish(S::kOutput + tile * 4 + row / 2, T::pack(out, next), tag);
+      if (mine && !(row & 1)) to.put(f, index, 0, T::pack(out, next));
     }
-    f.publish_moment(S::kMomentOut, tag, tiles);
+    to.done_with_moments(f, f.tag(step, 0), tiles);
     f.fetch_gamma(f.p.vectors + S::kNextGamma, tiles);
   }
 };

@@ -1,6 +1,6 @@
 // The embedding rows of several columns' tokens: each owner of hidden tiles takes its part as the residual and publishes it.
 #pragma once
-#include "panel.cuh"
+#include "vectors.cuh"
 
 template <class M, class S>
 struct EmbedColumns {
@@ -12,7 +12,7 @@ struct EmbedColumns {
     f.enter(S::kWhere, 0);
     const uint2 tiles = f.tiles(0);
     const u32 columns = f.columns(), row = f.lane >> 2;
-    const ColumnsOut<M, S> to(f, step, 0);
+    const VectorOut<M, S> to(f, step, 0);
     // Lane (g, t) has row g, columns t + 4 j.
     u64 rows[M::kColumnGroups];
 #pragma unroll

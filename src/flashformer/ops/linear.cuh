@@ -6,6 +6,7 @@
 #pragma once
 #include "linear_codes.cuh"
 #include "sample.cuh"
+#include "vectors.cuh"
 
 enum class Epilogue { kStore, kSwiglu, kResidual, kLogits };
 
@@ -13,7 +14,7 @@ enum class Epilogue { kStore, kSwiglu, kResidual, kLogits };
 template <class M, class S>
 FF_DEVICE float norm_scale(const Finisher<M>& f, u32 tag) {
   constexpr int kWords = ceil_div(M::kOwners, 32);
-  const u64* words = f.copy(S::kMomentIn) + f.lane;
+  const u64* words = f.words(S::kMomentIn) + f.copy() * M::kMomentStride + f.lane;
   float total = 0;
   bool here;
   Looks<M> looks(f.looks_place(S::kWhere));
@@ -34,6 +35,19 @@ FF_DEVICE float norm_scale(const Finisher<M>& f, u32 tag) {
   return rsqrtf(warp_sum(total) / M::kHidden + S::kEps);
 }
 
+// Where a vector goes that all read; nothing of what a linear stage hands on otherwise.
+template <class M, class S>
+FF_DEVICE auto out_of(const Finisher<M>& f, u32 step, u32 layer) {
+  if constexpr (S::kEpilogue == Epilogue::kResidual || S::kEpilogue == Epilogue::kSwiglu) return VectorOut<M, S>(f, step, layer);
+  else return 0;
+}
+// Rows come in pairs, `lanes` apart: the lane of the even row puts both.
+template <int lanes, class M, class Out>
+FF_DEVICE void put_pairs(const Finisher<M>& f, const Out& out, float y, u32 row, u32 column, bool mine) {
+  const float next = __shfl_down_sync(kAllLanes, y, lanes);
+  if (mine && !(row & 1)) out.put(f, row, column, M::Value::pack(y, next));
+}
+
 template <class M, class S>
 struct Linear {
   using T = typename M::Value;
@@ -47,7 +61,7 @@ struct Linear {
     if (tiles == 0) return;
     Operand<S> x;
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-    x.gather(c, c.tag(step, layer));
+    x.gather(c, step, layer);
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
     if constexpr (S::kCoded) {
@@ -73,6 +87,7 @@ struct Linear {
     const u32 out_tag = S::kNextLayer ? tag + 1 : tag;
     float scale = 1;
     if constexpr (S::kEpilogue == Epilogue::kResidual) f.await_gamma();
+    const auto out = out_of<M, S>(f, step, layer);
     u32 turn = f.turn;
     if constexpr (S::kNorm)
       if (turn < turns) scale = norm_scale<M, S>(f, tag);
@@ -126,10 +141,10 @@ struct Linear {
         } else if constexpr (S::kEpilogue == Epilogue::kSwiglu) {
           const float up = __shfl_down_sync(kAllLanes, y, 4 * kRowLanes);
           const float h = __fdividef(y, 1.f + __expf(-y)) * up;
-          publish_pairs(f, h, tile[pass] * 2, mine[pass] && row < 4, row, out_tag);
+          put_pairs<kRowLanes>(f, out, h, tile[pass] * 4 + row, 0, mine[pass] && row < 4);
         } else if constexpr (S::kEpilogue == Epilogue::kResidual) {
           y += residual[pass];
-          publish_pairs(f, y * gamma[pass], tile[pass] * 4, mine[pass], row, out_tag);
+          put_pairs<kRowLanes>(f, out, y * gamma[pass], tile[pass] * 8 + row, 0, mine[pass]);
           if (mine[pass]) store_shared_float(f.residual(own[pass], row), y);
         } else {
           const u32 index = tile[pass] * 8 + row;
@@ -144,7 +159,7 @@ struct Linear {
     f.turn = turn - turns;  // what is handed over in all stages goes round the finishers
     if (f.index == 0) f.mark(1, step, layer, S::kWhere, 1);
     if constexpr (S::kEpilogue == Epilogue::kResidual) {
-      f.publish_moment(S::kMomentOut, out_tag, tiles);
+      out.done_with_moments(f, out_tag, tiles);
       const u32 next = S::kNextLayer ? (layer + 1) % M::kLayers : layer;
       f.fetch_gamma(f.p.vectors + (u64)next * M::kLayerVectors + S::kNextGamma, tiles);
     }
@@ -215,11 +230,5 @@ struct Linear {
         for (int i = 0; i < n; i++) part[i] += part[i + n];
       v[pass] = part[0];
     }
-  }
-
-  // Rows come in pairs: the lane of the even row publishes both.
-  static FF_DEVICE void publish_pairs(Finisher<M>& f, float y, u32 word, bool mine, u32 row, u32 tag) {
-    const float next = __shfl_down_sync(kAllLanes, y, kRowLanes);
-    if (mine && !(row & 1)) f.publish(S::kOutput + word + row / 2, T::pack(y, next), tag);
   }
 };

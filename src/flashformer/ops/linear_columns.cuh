@@ -117,7 +117,7 @@ struct LinearColumns {
 #pragma unroll
       for (int j = 0; j < kGroups; j++) wanted[j] = logits_of(f, (f.lane & 3) + 4 * j, columns);
     }
-    const auto out = out_of(f, step, layer);
+    const auto out = out_of<M, S>(f, step, layer);
     u32 turn = f.turn;
 #pragma unroll 1
     for (; turn < groups; turn += M::kFinishers) {
@@ -156,11 +156,11 @@ struct LinearColumns {
           } else if constexpr (S::kEpilogue == Epilogue::kSwiglu) {
             const float up = __shfl_down_sync(kAllLanes, y[j], 16);
             const float h = __fdividef(y[j], 1.f + __expf(-y[j])) * up;
-            put_pairs(f, out, h, tile * 4 + row, column, mine && row < 4);
+            put_pairs<4>(f, out, h, tile * 4 + row, column, mine && row < 4);
           } else if constexpr (S::kEpilogue == Epilogue::kResidual) {
             const u32 place = f.residual(local, row, column);
             if (mine) y[j] += load_shared_float(place);
-            put_pairs(f, out, y[j] * gamma, tile * 8 + row, column, mine);
+            put_pairs<4>(f, out, y[j] * gamma, tile * 8 + row, column, mine);
             if (mine) store_shared_float(place, y[j]);
           }
         }
@@ -194,12 +194,6 @@ struct LinearColumns {
     if (column >= columns) return nullptr;
     float* all = f.p.sequences[f.column(column).sequence].logits;
     return all ? all + (u64)f.column_more(column).index * M::kVocab : nullptr;
-  }
-
-  // Where a vector goes that all read.
-  static FF_DEVICE auto out_of(const Finisher<M>& f, u32 step, u32 layer) {
-    if constexpr (S::kEpilogue == Epilogue::kResidual || S::kEpilogue == Epilogue::kSwiglu) return ColumnsOut<M, S>(f, step, layer);
-    else return 0;
   }
 
   using Sums = typename ColumnSums<M, S>::Type;
@@ -254,12 +248,5 @@ struct LinearColumns {
 #pragma unroll
       for (int i = 0; i < n; i++) part[i] += part[i + n];
     return part[0];
-  }
-
-  // Rows come in pairs: the lane of the even row puts both.
-  template <class Out>
-  static FF_DEVICE void put_pairs(const Finisher<M>& f, const Out& out, float y, u32 row, u32 column, bool mine) {
-    const float next = __shfl_down_sync(kAllLanes, y, 4);
-    if (mine && !(row & 1)) out.put(f, row, column, T::pack(y, next));
   }
 };

@@ -15,39 +15,45 @@ struct Operand {
 
   // Poll for this warp's part of the input vector, straight into the registers that multiply it.
   template <class C>
-  FF_DEVICE void gather(const C& c, u32 tag) {
-    // Loads in flight a lane: others would spill.
-    constexpr int kBatch = kSlices <= 8 ? kSlices : !C::Model::kBulkCopy ? 4 : kSlices <= 24 ? 7 : 8;
+  FF_DEVICE void gather(const C& c, u32 step, u32 layer) {
+    using M = typename C::Model;
     const u32 first = (c.warp % S::kWarpsColumns) * kWarpColumns + c.lane * 4;
-    const u64* words = c.copy(S::kInput) + first / 2;
-    u32 missing = 0;  // one bit a slice
+    const u32 place = c.copy() * M::kVersions + c.version_of(step, layer, S::kInWrites);
+    const u32* pairs = reinterpret_cast<const u32*>(c.words(S::kInput) + place * S::kInVersion) + first / 2;
 #pragma unroll
     for (int i = 0; i < kSlices; i++) {
-      value[i][0] = value[i][1] = 0;
       const bool exists = kWhole || (i * 128 + c.lane * 4 < kWarpColumns && first + i * 128 < S::kColumns);
-      missing |= (exists ? 1u : 0u) << i;
+      value[i][0] = value[i][1] = exists ? kAbsent : 0;
     }
-    Looks<typename C::Model> looks(c.looks_place(S::kWhere));
+    Looks<M> looks(c.looks_place(S::kWhere));
+    if constexpr (S::kNewcomers) await_sums(c, looks, c.tag(step, layer));
+    bool here;
 #pragma unroll 1
     do {
       if (!looks.again(c.watch)) break;
 #pragma unroll
-      for (int b = 0; b < kSlices; b += kBatch) {
-        u64 w[kBatch][2] = {};  // set, or the last round's would stay alive
+      for (int i = 0; i < kSlices; i++)
+        if (!is_here(i)) load_pairs(pairs + i * 64, value[i][0], value[i][1]);
+      here = true;
 #pragma unroll
-        for (int i = 0; i < kBatch; i++)
-          if (b + i < kSlices && (missing >> (b + i) & 1)) load_words(words + (b + i) * 64, w[i][0], w[i][1]);
-#pragma unroll
-        for (int i = 0; i < kBatch; i++)
-          if (b + i < kSlices && (missing >> (b + i) & 1)) {
-            const Word low = split(w[i][0]), high = split(w[i][1]);
-            if (low.tag == tag && high.tag == tag) {
-              value[b + i][0] = low.value;
-              value[b + i][1] = high.value;
-              missing &= ~(1u << (b + i));
-            }
-          }
-      }
-    } while (!looks.found(missing == 0, c.lane));
+      for (int i = 0; i < kSlices; i++) here = here && is_here(i);
+    } while (!looks.found(here, c.lane));
+  }
+
+ private:
+  FF_DEVICE bool is_here(int i) const { return value[i][0] != kAbsent && value[i][1] != kAbsent; }
+
+  // Until all owners of the residual have said their sums of squares.
+  template <class C, class Look>
+  static FF_DEVICE void await_sums(const C& c, Look& looks, u32 tag) {
+    const u64* words = c.words(S::kMomentIn) + c.copy() * C::Model::kMomentStride;
+    bool here;
+#pragma unroll 1
+    do {
+      if (!looks.again(c.watch)) break;
+      here = true;
+#pragma unroll 1
+      for (u32 i = c.lane; i < S::kInBlocks; i += 32) here = here && split(load_word_acquire(words + i)).tag == tag;
+    } while (!looks.found(here, c.lane));
   }
 };

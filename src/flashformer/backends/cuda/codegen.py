@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,9 @@ STREAM = "weight stream"  # where a waiting producer stands
 PART_WORDS = 10  # of what a block tells in a round within a token: see rounds.cuh
 ROUND_TAGS = 32  # of a token: later rounds begin anew
 LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among the most likely ones: see report.cuh
-CELL = 32  # values of a column that follow each other in a vector of several columns: see panel.cuh
-VERSIONS = 3  # copies of such a vector, if it needs no flags
-PART_BUFFERS, SLICE_BUFFERS = 3, 4  # steps of such a vector that are there or on their way: parts of a tile, or slices of codes
+CELL = 32  # values of a column that follow each other in a vector of several columns: see vectors.cuh
+VERSIONS = 4  # places of a vector, if it needs no flags
+PART_BUFFERS, SLICE_BUFFERS = 3, 4  # steps of one that does that are there or on their way: parts of a tile, or slices of codes
 PIECE_BLOCKS = 16  # of the KV cache that are one part of a head's, for several columns: see units.cuh
 KV_PIECES = 32  # most parts of a head's cache whose results a column sums: see units.cuh
 TILE_BITS = 12  # a tile range is packed as first << TILE_BITS | count
@@ -111,7 +112,7 @@ class Source:
     stage_names: tuple[str, ...]  # by the number that a stuck kernel reports
     vectors: Vectors
     exchange_words: int
-    plain_words: int  # of these, which come first: vectors of several columns that are without tags and flags
+    plain_words: int  # of these, which come first: vectors, which are without tags
 
 
 def threads(plan: Plan) -> int:
@@ -250,10 +251,21 @@ class Places:
 
     buffers: dict[str, int]
     moments: dict[str, int]  # sums of squares, of the buffers that have them
-    flags: dict[str, int]  # of several columns: what says that a block has handed on its part of a buffer
+    plain: dict[str, int]  # words of a version of those vectors that have no flags, which come first: [copies][VERSIONS]
+    flags: dict[str, int]  # of the others: what says that a block has handed on its part
     appended: int  # of several columns: what says that a key or a value is in the cache
-    plain: dict[str, int]  # of several columns: words of a copy of those buffers that have VERSIONS and no flags, which come first
     size: int
+
+
+def copies(plan: Plan) -> int:
+    """Of what every block polls, so that not all poll the same lines."""
+    return plan.target.exchange_copies if plan.columns == 1 else 1
+
+
+def newcomers(plan: Plan) -> bool:
+    """Whether blocks have a tile of the head that have none of the last qkv, which reads the version before. See vectors.cuh."""
+    *_, qkv, head = (s for s in plan.stages if s.name in ("qkv", "head"))
+    return any(tiles and not others for tiles, others in zip(head.count, qkv.count, strict=True))
 
 
 def place_buffers(plan: Plan) -> Places:
@@ -272,9 +284,9 @@ def place_buffers(plan: Plan) -> Places:
         return at
 
     def is_plain(b: Buffer) -> bool:
-        """Of several columns: whether all its readers keep it in shared memory."""
+        """Whether all its readers have room for it: in registers, or of several columns in shared memory."""
         geometries = [s.geometry for s in plan.stages if s.geometry and s.reads[0] == b.name]
-        return columns > 1 and b.kind == "half" and all(panel(plan, g).buffers == 0 for g in geometries)
+        return b.kind == "half" and (columns == 1 or all(panel(plan, g).buffers == 0 for g in geometries))
 
     for b in sorted(plan.buffers, key=lambda b: not is_plain(b)):
         values = round_up(b.values, t.tile_rows)
@@ -284,22 +296,25 @@ def place_buffers(plan: Plan) -> Places:
             words = (t.workers * pieces(plan) if columns == 1 else most_units(plan)) * piece_words(plan)
         elif b.kind == "float":
             words = columns * values
-        elif columns == 1:
-            words = values // 2
         else:  # readers' columns, padding included
             values = max(s.geometry.columns for s in plan.stages if s.geometry and s.reads[0] == b.name)
             words = round_up(values, CELL) * columns // 4
             if is_plain(b):
                 plain[b.name] = round_up(words, FLAG_ALIGNMENT)
-                words = VERSIONS * plain[b.name]
+                words = copies(plan) * VERSIONS * plain[b.name]
             else:
                 flags[b.name] = take(t.exchange_copies * flag_stride(plan))
         buffers[b.name] = take(words)
     for b in plan.buffers:
         if b.moment:
-            moments[b.name] = take(t.workers * columns)
+            moments[b.name] = take(copies(plan) * moment_stride(plan))
     appended = take(2 * columns * kv.heads if columns > 1 else 0)
-    return Places(buffers, moments, flags, appended, plain, total)
+    return Places(buffers, moments, plain, flags, appended, total)
+
+
+def moment_stride(plan: Plan) -> int:
+    """Words from one copy of a vector's sums of squares to the next."""
+    return round_up(plan.target.workers * plan.columns, FLAG_ALIGNMENT)
 
 
 def flag_stride(plan: Plan) -> int:
@@ -399,8 +414,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("u32", "kPrefetchChunks", t.prefetch_chunks * SLOT_BYTES // slot),
         ("int", "kPrefetchCycles", t.prefetch_cycles),
         ("u32", "kFirstLook", t.first_look_cycles),
-        ("int", "kCopies", 1 if several else t.exchange_copies),
-        ("int", "kExchangeWords", places.size),
+        ("int", "kCopies", copies(plan)),
+        ("int", "kMomentStride", moment_stride(plan)),
         ("bool", "kTrace", trace),
         ("int", "kColumns", plan.columns),
         ("int", "kColumnGroups", ceil_div(plan.columns, 4)),
@@ -432,7 +447,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append(f"  static FF_DEVICE u32 window(u32 waiting) {{ return {window}; }}  // bytes in flight")
     text.append("};\n")
 
-    def describe(stage: Stage, tile_word: str = "") -> None:
+    def describe(stage: Stage, tile_word: str = "0") -> None:
         text.append(f"struct {camel(stage.name)} {{")
         facts: list[tuple[str, str, object]] = [("u32", "kWhere", names.index(stage.name))]
         if stage.linear and stage.geometry:
@@ -450,6 +465,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 ("float", "kEps", stage.linear.eps),
                 ("int", "kBias", vectors.bias.get(stage.name, -1) if stage.layer >= 0 else -1),
                 ("bool", "kNextLayer", stage.name == "down"),
+                ("bool", "kNewcomers", stage is head and newcomers(plan)),
             ]
             if several:
                 p = panel(plan, g)
@@ -460,12 +476,10 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                     ("int", "kHeldSteps", p.held),
                     ("int", "kHeldCells", sum(p.steps[: p.held])),
                     ("int", "kBuffers", p.buffers),
-                    ("bool", "kLast", stage is head),
                 ]
             if g.format != PLAIN:
                 text.extend(describe_format(g.format))
             text.append(f"  static constexpr Epilogue kEpilogue = Epilogue::k{stage.linear.epilogue.capitalize()};")
-            text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
         if stage.kind == "embed":
             facts.append(("int", "kGamma", vectors.embed_gamma))
         if stage.publish_gamma:
@@ -482,7 +496,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
             facts += [
                 ("u32", f"k{end}Blocks", writers(plan, buffer)),
                 ("u32", f"k{end}Writes", sum(s.writes == buffer for s in plan.stages)),  # versions of a pass
-                ("int", f"k{end}Copy", places.plain.get(buffer, 0)),  # words
+                ("int", f"k{end}Version", places.plain.get(buffer, 0)),  # words
             ]
             if buffer in places.flags:
                 facts.append(("int", f"kFlags{end}", places.flags[buffer]))
@@ -494,12 +508,13 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 if stage.linear is None:
                     facts.append(("bool", "kNextLayer", False))
         facts.append(("int", "kOutput", buffers[stage.writes]))
+        text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
         text.extend(constants(facts))
         text.append("};\n")
 
     text.append("namespace stage {")
     describe(embed)
-    tile_words = {"qkv": "2 + 2 * layer", "gate_up": "3 + 2 * layer"}
+    tile_words = {"combine": "1", "qkv": "2 + 2 * layer", "gate_up": "3 + 2 * layer"}
     for stage in body:
         describe(stage, tile_words.get(stage.name, "0"))
     describe(head, "Model::kHeadTiles")
@@ -520,20 +535,29 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     assert combine.writes in buffers
 
     kind = "Columns" if several else ""
+    half = {b.name for b in plan.buffers if b.kind == "half"}
     calls = {name: f"{name.capitalize()}{kind}" for name in ("linear", "attention", "combine")}
     text.append("// One token, as every role walks it.\nstruct Story {")
     text.append("  template <class Role>\n  static FF_DEVICE void token(Role& role, u32 step) {")
     text.append(f"    Embed{kind}<Model, stage::Embed>::run(role, step);")
     text.append("#pragma unroll 1\n    for (u32 layer = 0; layer < Model::kLayers; layer++) {")
-    text += [f"      {calls[s.kind]}<Model, stage::{camel(s.name)}>::run(role, step, layer);" for s in body]
+    def forget(following: Stage, stages: Sequence[Stage], layer: str) -> str:
+        names = ", ".join(f"stage::{camel(s.name)}" for s in (following, *stages))
+        return f"Forget<Model, {names}>::run(role, step, {layer});"
+
+    for s in body:
+        if s.name == "attention_output":
+            text.append("      " + forget(s, [other for other in body if other.writes in half], "layer"))
+        text.append(f"      {calls[s.kind]}<Model, stage::{camel(s.name)}>::run(role, step, layer);")
     text.append("    }")
+    text.append("    " + forget(head, body[-1:], "Model::kLayers"))
     text.append(f"    if (role.wants_head(step)) Linear{kind}<Model, stage::Head>::run(role, step, Model::kLayers);")
     text.append(f"    Sample{kind}<Model, stage::Token>::run(role, step);")
     text.append("  }\n};\n")
     text.append(f'extern "C" __global__ void __launch_bounds__({threads(plan)}, 1) flashformer_decode(const __grid_constant__ Params p) {{')
     text.append("  decode<Model, Story>(p);\n}")
-    exchange = places.size * (1 if several else t.exchange_copies)
-    return Source("\n".join(text) + "\n", names, vectors, exchange, VERSIONS * sum(places.plain.values()))
+    plain_words = copies(plan) * VERSIONS * sum(places.plain.values())
+    return Source("\n".join(text) + "\n", names, vectors, places.size, plain_words)
 
 
 def include_paths() -> list[Path]:

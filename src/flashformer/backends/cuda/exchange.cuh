@@ -1,7 +1,8 @@
-// Exchanges: how a vector gets from all blocks to all blocks without a barrier.
+// Exchanges: how values get from block to block without a barrier.
 //
 // A word is 8 bytes: 4 of payload and a 4-byte tag that says which version it is; it is written and read as one access, so a
 // word whose tag is right is complete. A reader polls exactly the words that it needs. Tags never repeat, so nothing is reset.
+// What all blocks read in full, vectors, comes without tags, which are half of the bytes.
 //
 // NOTE: early polls slow everybody down, most of all those who are about to publish: see `Looks`.
 #pragma once
@@ -36,12 +37,15 @@ FF_DEVICE void store_words(u64* p, u32 a, u32 b, u32 tag) {
   asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1,%2};" ::"l"(p), "l"(join(a, tag)), "l"(join(b, tag)) : "memory");
 }
 
-// Vectors of several columns (panel.cuh) have no tags. Where a pair of values is not there yet is kAbsent: two NaNs that no instruction makes.
+// Vectors (vectors.cuh) have no tags. Where a pair of values is not there yet is kAbsent: two NaNs that no instruction makes.
 constexpr u32 kAbsent = 0xffffffffu;
 FF_DEVICE uint4 load_pairs(const void* p) {  // each of the four is atomic for itself
   uint4 v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
+}
+FF_DEVICE void load_pairs(const u32* p, u32& a, u32& b) {
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "l"(p) : "memory");
 }
 FF_DEVICE bool present(const uint4& v) { return v.x != kAbsent && v.y != kAbsent && v.z != kAbsent && v.w != kAbsent; }
 FF_DEVICE void store_pair(u32* p, u32 pair) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(pair) : "memory"); }
@@ -67,8 +71,12 @@ struct Wait {
   // Called from a wait loop; true: give up.
   FF_DEVICE bool expired(const Watch& watch) {
     if (waited() < kGlance) return false;
+    return load_volatile(watch.p.status) != 0 || exhausted(watch);
+  }
+  // The same, whether or not somebody has given up.
+  FF_DEVICE bool exhausted(const Watch& watch) {
+    if (waited() < kGlance) return false;
     start = clock32();
-    if (load_volatile(watch.p.status) != 0) return true;
     if (++glances < kPatience) return false;
     watch.give_up();
     return true;

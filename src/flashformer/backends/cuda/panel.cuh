@@ -1,89 +1,15 @@
-// Vectors of several columns, on their way from all blocks to all blocks.
+// x of several columns in shared memory.
 //
-// Between C columns a vector would be too many tagged words to poll. So its values are plain data, [cell][column][32 values of 16 bits], and
-// say themselves whether they are there: in the place of what is not is kAbsent. Each vector has three copies, for versions in turn. Who has
-// written its part of one makes its part of the one before absent, which all have read by then (validate.py), for the next but one; a fence
-// later it writes its part of the next. Who looks for a version has read all of the one in front of it, so what it finds is new. Only the head
-// has not, whose blocks may have no tile elsewhere: it waits for the sums of squares first, which have tags.
-// A vector that its readers have no room for is read piece by piece, many times. It has one copy, and flags, tagged: a word of each block that
-// writes a part. Who has seen all of them may read everything.
+// A vector that its readers have room for is without flags (vectors.cuh), [cell][column][32 values of 16 bits]. One that they have no room for
+// is read piece by piece, many times. It has one copy, and flags, tagged: a word of each block that writes a part. Who has seen all of them
+// may read everything.
 //
 // A warp of the consumers copies its cells into shared memory, its panel, where they lie as they do in global memory: 64 bytes of a column
 // are two steps of 16 values. Those of four columns are what an instruction multiplies, 8 bytes a lane: column n of the operand is column
 // n / 2 at step n % 2. As with one column, rows 0-7 of A are a tile at the first step and rows 8-15 the same tile at the second, so
 // that of the result only (row g, step 0) and (row g + 8, step 1) mean anything: their sum, in lane (g, t), is row g of column t.
 #pragma once
-#include "roles.cuh"
-
-// ---- who writes ----
-
-template <class M, class S>
-struct ColumnsOut {
-  static constexpr bool kFlags = S::kOutCopy == 0;
-  u32 copy;  // of this version
-
-  FF_DEVICE ColumnsOut(const Finisher<M>& f, u32 step, u32 layer)
-      : copy(f.copy_of(step, S::kNextLayer ? layer + 1 : layer, S::kOutWrites)) {}
-
-  // Rows `row`, an even number, and row + 1 of a column that exists.
-  FF_DEVICE void put(const Finisher<M>& f, u32 row, u32 column, u32 pair) const {
-    u32* const at = place(f, copy, row / 2, column);
-    if constexpr (kFlags) *at = pair;
-    else store_pair(at, pair);
-  }
-
-  // For all finishers, when they have put what they have of this block's tiles.
-  FF_DEVICE void done(const Finisher<M>& f, u32 tag, uint2 tiles) const {
-    if (tiles.y == 0) return;
-    if constexpr (kFlags) f.sync();
-    finish(f, tag, tiles);
-  }
-  // The same of the residual, with the sum of squares of each column, always summed in the same order. It also makes what a finisher stored
-  // in the residual visible to the others: a row's next finisher may be another one.
-  FF_DEVICE void done_with_moments(const Finisher<M>& f, u32 tag, uint2 owned) const {
-    if (owned.y == 0) return;
-    f.sync();
-    if (f.index == 0) {
-      constexpr u32 kRows = 32 / M::kColumns;  // at once
-      const u32 column = f.lane % M::kColumns;
-      float sum = 0;
-      for (u32 row = f.lane / M::kColumns; row < owned.y * 8; row += kRows) {
-        const float y = load_shared_float(f.residual(0, row, column));
-        sum += y * y;
-      }
-#pragma unroll
-      for (int o = M::kColumns; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
-      if (f.lane < M::kColumns) store_word(f.words(S::kMomentOut) + number(owned) * M::kColumns + f.lane, __float_as_uint(sum), tag);
-      __syncwarp();
-    }
-    finish(f, tag, owned);
-  }
-
- private:
-  // Of this block, among those that write: where there are fewer tiles than blocks, none has two.
-  static FF_DEVICE u32 number(uint2 tiles) { return S::kOutBlocks < M::kWorkers ? tiles.x : blockIdx.x; }
-
-  static FF_DEVICE u32* place(const Finisher<M>& f, u32 copy, u32 pair, u32 column) {
-    return reinterpret_cast<u32*>(f.words(S::kOutput)) + (copy * (2 * S::kOutCopy) + (pair / 16 * M::kColumns + column) * 16 + pair % 16);
-  }
-  FF_DEVICE void finish(const Finisher<M>& f, u32 tag, uint2 tiles) const {
-    if constexpr (kFlags) {
-      if (f.index != 0) return;
-      fence_device();
-      if (f.lane < M::kFlagCopies) store_word(f.words(S::kFlagsOut) + f.lane * M::kFlagStride + number(tiles), 0, tag);
-    } else {
-      // NOTE: all columns, for other passes may have more.
-      const u32 before = (copy + M::kVersions - 1) % M::kVersions;
-      for (u32 pair = tiles.x * S::kTilePairs + f.index * 32 + f.lane; pair < (tiles.x + tiles.y) * S::kTilePairs; pair += M::kFinishers * 32)
-#pragma unroll
-        for (int column = 0; column < M::kColumns; column++) store_pair(place(f, before, pair, column), kAbsent);
-      fence_device();
-      f.sync();  // what any finisher writes next comes later
-    }
-  }
-};
-
-// ---- who reads ----
+#include "vectors.cuh"
 
 // Until all blocks that write what stage S reads have published a word, at `words`: for all consumers, before they meet.
 // NOTE: each word is read by a lane of its own: such loads wait for one another.
@@ -108,9 +34,9 @@ FF_DEVICE void await_words(const Consumer<M>& c, const u64* words, u32 stride, u
 // For all consumers: what there is to wait for before x may be looked at.
 template <class M, class S>
 FF_DEVICE void await_x(const Consumer<M>& c, u32 tag) {
-  if constexpr (S::kInCopy == 0)
+  if constexpr (S::kInVersion == 0)
     await_words<M, S>(c, c.words(S::kFlagsIn) + blockIdx.x % M::kFlagCopies * M::kFlagStride, 1, tag);
-  else if constexpr (S::kLast)
+  else if constexpr (S::kNewcomers)
     await_words<M, S>(c, c.words(S::kMomentIn), M::kColumns, tag);
   c.sync();  // also for what lay in the panel's place
 }
@@ -182,13 +108,13 @@ struct Panel {
         factors(c.shared + Layout<M>::kFactors + c.warp * (M::kColumns * 4)), place(first) {
     constexpr u32 kPieces = M::kColumns * 4, kAll = S::kCells * kPieces;  // of 16 bytes
     constexpr int kLanes = ceil_div((int)kAll, 32), kAtOnce = kLanes < 8 ? kLanes : 8;
-    const u32 cell = c.warp % S::kWarpsColumns * S::kCells, copy = c.copy_of(step, layer, S::kInWrites);
-    const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + copy * S::kInCopy) + cell * kCellBytes;
+    const u32 cell = c.warp % S::kWarpsColumns * S::kCells, version = c.version_of(step, layer, S::kInWrites);
+    const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + version * S::kInVersion) + cell * kCellBytes;
     // NOTE: what is behind the last row that anybody writes is padding, and never there.
     const auto row = [&](u32 i) { return (cell + i / kPieces) * 32 + i % 4 * 8; };
     const auto exists = [&](u32 i) { return i < kAll && i % kPieces < columns * 4 && (S::kInRows == S::kCells * S::kWarpsColumns * 32 || row(i) < S::kInRows); };
     Looks<M> looks(c.looks_place(S::kWhere));
-    if constexpr (S::kLast) looks.first = false;  // it has been waited for
+    if constexpr (S::kNewcomers) looks.first = false;  // it has been waited for
 #pragma unroll 1
     for (u32 base = 0; base < kAll; base += 32 * kAtOnce) {
       uint4 v[kAtOnce] = {};  // set, or they would stay alive through the whole kernel

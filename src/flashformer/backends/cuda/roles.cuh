@@ -104,12 +104,8 @@ struct Block {
         p.trace[(((role * M::kWorkers + blockIdx.x) * (M::kLayers + 1) + layer) * M::kStages + stage) * 2 + event] = nanoseconds();
   }
   FF_DEVICE u64* words(int offset) const { return p.exchange + offset; }
-  // A vector that every block reads exists in several copies, so that not all poll the same lines. Here is this block's.
-  FF_DEVICE const u64* copy(int offset) const { return p.exchange + offset + blockIdx.x % M::kCopies * M::kExchangeWords; }
-  FF_DEVICE void publish(u32 at, u32 value, u32 tag) const {
-#pragma unroll
-    for (int i = 0; i < M::kCopies; i++) store_word(p.exchange + at + i * M::kExchangeWords, value, tag);
-  }
+  // What every block reads exists in several copies, so that not all poll the same lines: this block's.
+  FF_DEVICE u32 copy() const { return blockIdx.x % M::kCopies; }
   // Opaque, so that what follows from a step is computed where it is used and not kept through all layers.
   static FF_DEVICE u32 fresh(u32 step) {
     asm volatile("" : "+r"(step));
@@ -117,8 +113,8 @@ struct Block {
   }
   // Version tag of what is handed over in front of `layer` of the token that is being made.
   FF_DEVICE u32 tag(u32 step, u32 layer) const { return (p.epoch + fresh(step)) * (M::kLayers + 1) + layer; }
-  // Of a vector of several columns that is written so often in a pass: the copy that one version goes to.
-  static FF_DEVICE u32 copy_of(u32 step, u32 number, u32 writes) { return (fresh(step) * writes + number) % M::kVersions; }
+  // Of a vector that is written so often in a pass: the place that one version goes to. See vectors.cuh.
+  static FF_DEVICE u32 version_of(u32 step, u32 number, u32 writes) { return (fresh(step) * writes + number) % M::kVersions; }
   FF_DEVICE u32 position(u32 step) const { return p.start + fresh(step); }
   // The prompt's tokens need no head unless their logits are wanted.
   FF_DEVICE bool wants_head(u32 step) const {
@@ -148,8 +144,10 @@ struct Block {
     watch.where = M::kTokenWhere << 16;
     Wait wait;
     u32 v;
+    // NOTE: also where somebody has given up: the first finisher comes to say so, and all warps of a block must leave at the same token, or
+    // some would wait for the others where they meet.
     while (((v = load_shared_acquire(shared + Layout<M>::kStep)) >> 1) < step)
-      if (wait.expired(watch)) return false;
+      if (wait.exhausted(watch)) return false;
     __syncwarp();
     return !((v & 1) && (v >> 1) == step);
   }
@@ -241,10 +239,9 @@ struct Finisher : Block<M> {
       phase ^= 1;
     }
   }
-  FF_DEVICE u32 residual(u32 local_tile, u32 row, u32 column) const {
+  FF_DEVICE u32 residual(u32 local_tile, u32 row, u32 column = 0) const {
     return this->shared + L::kResidual + ((local_tile * 8 + row) * M::kColumns + column) * 4;
   }
-  FF_DEVICE u32 residual(u32 local_tile, u32 row) const { return this->shared + L::kResidual + (local_tile * 8 + row) * 4; }
   FF_DEVICE void sync() const { sync_threads<2, M::kFinishers * 32>(); }
 
   // Norm weights of the owned rows, a residual stage ahead: the weights that stream by evict them from every cache, and a trip to
@@ -258,20 +255,4 @@ struct Finisher : Block<M> {
   }
   FF_DEVICE float gamma(u32 local_tile, u32 row) const { return load_shared_float(gamma_place(local_tile * 8 + row)); }
   FF_DEVICE u32 gamma_place(u32 i) const { return this->shared + L::kGamma + (index * M::kOwnedTiles * 8 + i) * 4; }
-
-  // Publish the sum of squares of the owned rows, always summed in the same order. It also makes what this finisher stored in the
-  // residual visible to the others: a row's next finisher may be another one.
-  // NOTE: only owners of hidden tiles do. A block without work would run ahead and overwrite what others still wait for.
-  FF_DEVICE void publish_moment(int offset, u32 tag, uint2 owned) const {
-    if (owned.y == 0) return;
-    sync();
-    if (index != 0) return;
-    float sum = 0;
-    for (u32 i = this->lane; i < owned.y * 8; i += 32) {
-      const float y = load_shared_float(residual(0, i));
-      sum += y * y;
-    }
-    sum = warp_sum(sum);
-    if (this->lane == 0) this->publish(offset + (M::kOwners < M::kWorkers ? owned.x : blockIdx.x), __float_as_uint(sum), tag);
-  }
 };

@@ -1,0 +1,113 @@
+// Vectors that all blocks read, as their parts are handed on: values in pairs of 16 bits, without tags.
+//
+// A vector says itself whether it is there: in the place of a pair that is not yet is kAbsent. Each has M::kVersions places, for versions in
+// turn. Before a block writes its part of a version, it makes its part of the one before the last absent (`Forget`), which all have read by
+// then (validate.py), a fence in between. Who looks for what will be in that place, two versions later, has read of one of these two, or what
+// came of it, so what it finds is new. Only the head may be read by blocks that have read nothing of the layers (S::kNewcomers): they wait for
+// the sums of squares first, which have tags.
+// So that not all blocks poll the same lines, there are M::kCopies of all that; a block looks at the one of its number.
+//
+// A vector of several columns is [cell of 32 values][column][32 values]. One that its readers have no room for (panel.cuh) has one place and flags.
+#pragma once
+#include "roles.cuh"
+
+template <class M, class S>
+struct VectorOut {
+  static constexpr bool kFlags = S::kOutVersion == 0;
+  u32 version;  // its place
+
+  FF_DEVICE VectorOut(const Finisher<M>& f, u32 step, u32 layer)
+      : version(f.version_of(step, S::kNextLayer ? layer + 1 : layer, S::kOutWrites)) {}
+
+  // Rows `row`, an even number, and row + 1 of a column that exists.
+  FF_DEVICE void put(const Finisher<M>& f, u32 row, u32 column, u32 pair) const {
+    if constexpr (kFlags) *place(f, version, row / 2, column) = pair;
+    else store(place(f, version, row / 2, column), pair);
+  }
+
+  // For all finishers, when they have put what they have of this block's tiles.
+  FF_DEVICE void done(const Finisher<M>& f, u32 tag, uint2 tiles) const {
+    if constexpr (kFlags) {
+      if (tiles.y == 0) return;
+      f.sync();
+      if (f.index == 0) raise(f, tag, tiles);
+    }
+  }
+  // The same of the residual, with the sum of squares of each column, always summed in the same order. It also makes what a finisher stored
+  // in the residual visible to the others: a row's next finisher may be another one.
+  // NOTE: only owners of hidden tiles do. A block without work would run ahead and overwrite what others still wait for.
+  FF_DEVICE void done_with_moments(const Finisher<M>& f, u32 tag, uint2 owned) const {
+    if (owned.y == 0) return;
+    f.sync();
+    if (f.index == 0) {
+      constexpr u32 kRows = 32 / M::kColumns;  // at once
+      const u32 column = f.lane % M::kColumns;
+      float sum = 0;
+#pragma unroll 1
+      for (u32 row = f.lane / M::kColumns; row < owned.y * 8; row += kRows) {
+        const float y = load_shared_float(f.residual(0, row, column));
+        sum += y * y;
+      }
+#pragma unroll
+      for (int o = M::kColumns; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+      if (f.lane < M::kColumns)
+#pragma unroll
+        for (int i = 0; i < M::kCopies; i++)
+          store_word(f.words(S::kMomentOut) + i * M::kMomentStride + number(owned) * M::kColumns + f.lane, __float_as_uint(sum), tag);
+      __syncwarp();
+      if constexpr (kFlags) raise(f, tag, owned);
+    }
+  }
+
+ private:
+  // Of this block, among those that write: where there are fewer tiles than blocks, none has two.
+  static FF_DEVICE u32 number(uint2 tiles) { return S::kOutBlocks < M::kWorkers ? tiles.x : blockIdx.x; }
+
+  static FF_DEVICE u32* place(const Finisher<M>& f, u32 version, u32 pair, u32 column) {
+    return reinterpret_cast<u32*>(f.words(S::kOutput)) + (version * (2 * S::kOutVersion) + (pair / 16 * M::kColumns + column) * 16 + pair % 16);
+  }
+  static FF_DEVICE void store(u32* at, u32 pair) {
+#pragma unroll
+    for (int i = 0; i < M::kCopies; i++) store_pair(at + i * (2 * M::kVersions * S::kOutVersion), pair);
+  }
+  FF_DEVICE void raise(const Finisher<M>& f, u32 tag, uint2 tiles) const {
+    fence_device();
+    if (f.lane < M::kFlagCopies) store_word(f.words(S::kFlagsOut) + f.lane * M::kFlagStride + number(tiles), 0, tag);
+  }
+
+  template <class, class...>
+  friend struct Forget;
+};
+
+// Once a layer, and once in front of the head: finishers make absent what is in the places that later versions will take. The vectors are
+// named by the stages that write them, Next is the stage that follows.
+// NOTE: the fence takes 1 us or more. In front of the output projection nobody misses them: consumers wait for combine's vector.
+template <class M, class Next, class... Writers>
+struct Forget {
+  static FF_DEVICE void run(Producer<M>&, u32, u32) {}
+  static FF_DEVICE void run(Consumer<M>&, u32, u32) {}
+  static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
+    if constexpr (((Writers::kOutVersion != 0) || ...)) {
+      f.sync();  // until then one of them may be in a stage before
+      (forget<Writers>(f, step, layer), ...);
+      fence_device();
+      f.sync();  // what any finisher writes next comes later
+    }
+  }
+
+ private:
+  // The part of a vector that has this block's tiles: of the version before the last that has been written.
+  template <class S>
+  static FF_DEVICE void forget(const Finisher<M>& f, u32 step, u32 layer) {
+    if constexpr (S::kOutVersion != 0) {
+      const u32 next = S::kNextLayer || S::kWhere < Next::kWhere ? layer + 1 : layer;  // to be written
+      const u32 version = f.version_of(step, next + M::kVersions - 2, S::kOutWrites), pairs = S::kTilePairs;
+      const uint2 tiles = f.tiles(S::tile_word(layer));
+#pragma unroll 1
+      for (u32 pair = tiles.x * pairs + f.index * 32 + f.lane; pair < (tiles.x + tiles.y) * pairs; pair += M::kFinishers * 32)
+        // NOTE: all columns, for other passes may have more.
+#pragma unroll
+        for (int column = 0; column < M::kColumns; column++) VectorOut<M, S>::store(VectorOut<M, S>::place(f, version, pair, column), kAbsent);
+    }
+  }
+};
