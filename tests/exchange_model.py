@@ -104,13 +104,19 @@ class ExchangeModel:
             self.choose(s)
 
     def forget(self, writers: list[Stage], following: Stage) -> None:
-        """Finishers meet and make those versions of some vectors absent that are two older than the next ones."""
-        for w in range(self.plan.target.workers):
-            self.finisher[w] = [self.event(*self.finisher[w])] * len(self.finisher[w])
-            for s in writers:
-                before = len(self.writes[s.writes]) - (s is following) - 2  # which has begun a version
-                if s.count[w] and before >= 0:
-                    self.cleared[s.writes, before].append((f"{s.name} {s.layer} of {w}", self.finisher[w][0]))
+        """A finisher, whichever it is, makes those versions of some vectors absent that are two older than the next ones.
+
+        Finishers without a part of the residual meet before and after that.
+        """
+        for w, owned in enumerate(self.plan.stages[0].count):
+            for meeting in (True, False):
+                if not owned:
+                    self.finisher[w] = [self.event(*self.finisher[w])] * len(self.finisher[w])
+                self.finisher[w] = [self.event(e) for e in self.finisher[w]]
+                for s in writers if meeting else []:
+                    before = len(self.writes[s.writes]) - (s is following) - 2  # which has begun a version
+                    if s.count[w] and before >= 0:
+                        self.cleared[s.writes, before] += [(f"{s.name} {s.layer} of {w}", e) for e in self.finisher[w]]
 
     def publish(self, s: Stage, w: int, finisher: int, tile: int, name: str, *after: int) -> None:
         """A finisher writes a tile's part of a buffer's newest version."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulated_gpu import Context, Device, compile_source
-from flashformer.backends.cuda.codegen import KV_PIECES, PIECE_BLOCKS, generate, most_units
+from flashformer.backends.cuda.codegen import PIECE_BLOCKS, generate, most_pieces, most_units, piece_step
 from flashformer.models import build_graph
 from flashformer.plan import BLOCK_POSITIONS, Plan, make_plan
 from flashformer.targets import get
@@ -109,7 +109,9 @@ def test_every_block_of_every_head_is_in_one_unit(units: Lister, data: st.DataOb
                 sizes.append(unit.end - end)
                 end = unit.end
             assert end == blocks and 0 < max(sizes) <= min(sizes) + 1
-            assert max(sizes) <= max(PIECE_BLOCKS, -(-blocks // KV_PIECES)) and len(sizes) <= KV_PIECES
+            most = most_pieces(plan)
+            assert max(sizes) <= max(PIECE_BLOCKS, -(-blocks // most)) and len(sizes) <= most
+            assert len(sizes) % piece_step(plan) == 0 or len(sizes) == blocks
     assert next(found, None) is None
 
 

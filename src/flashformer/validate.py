@@ -10,11 +10,12 @@ on back through the token: all stages before it are done. Attention and combine 
 comes after what *somebody* published in the stage before. A worker without tiles in a stage neither waits nor publishes and may
 be anywhere, so nothing may depend on it: only owners of the residual publish its sums of squares. The token's words, which every
 worker publishes, have two copies; as every worker waits for all of them, they also end all stages of their token.
-Vectors that all read (`half`) are plain values, whole when none is absent, or of several columns when all flags are raised. Whoever publishes
-a part has read all of its input, and all it needs of it: so the same holds, also where a vector is read again and again during a stage. What
-becomes absent for a later version is the version before the last that the same worker has published: all have read it. See vectors.cuh.
-A worker that appends to the KV cache has a part of attention whose result is awaited, so that it has read its keys and values before the
-next ones come.
+Vectors that all read (`half`) are plain values, whole when none is absent, or of several columns when all flags are raised. Whoever
+publishes a part has read all of its input, and all it needs of it: so the same holds, also where a vector is read again and again during a
+stage. What becomes absent for a later version is the version before the last that the same worker has published: all have read it. See
+vectors.cuh.
+A worker that appends to the KV cache has a part of attention whose result is awaited, so that it has read its keys and values before
+the next ones come.
 On a CPU all workers meet after every stage.
 """
 

@@ -17,9 +17,12 @@ struct Operand {
   template <class C>
   FF_DEVICE void gather(const C& c, u32 step, u32 layer) {
     using M = typename C::Model;
+    constexpr int kBatch = M::kBulkCopy || kSlices <= 8 ? kSlices : 4;  // loads in flight a lane: others would spill
     const u32 first = (c.warp % S::kWarpsColumns) * kWarpColumns + c.lane * 4;
     const u32 place = c.copy() * M::kVersions + c.version_of(step, layer, S::kInWrites);
-    const u32* pairs = reinterpret_cast<const u32*>(c.words(S::kInput) + place * S::kInVersion) + first / 2;
+    const u64* exchange = c.words(0);
+    asm volatile("" : "+l"(exchange));  // NOTE: so that no pointer is kept through all layers
+    const u32* pairs = reinterpret_cast<const u32*>(exchange + S::kInput + place * S::kInVersion) + (first / M::kRun * (M::kRun / 2 * S::kInRoom) + first % M::kRun / 2);
 #pragma unroll
     for (int i = 0; i < kSlices; i++) {
       const bool exists = kWhole || (i * 128 + c.lane * 4 < kWarpColumns && first + i * 128 < S::kColumns);
@@ -31,12 +34,15 @@ struct Operand {
 #pragma unroll 1
     do {
       if (!looks.again(c.watch)) break;
-#pragma unroll
-      for (int i = 0; i < kSlices; i++)
-        if (!is_here(i)) load_pairs(pairs + i * 64, value[i][0], value[i][1]);
       here = true;
 #pragma unroll
-      for (int i = 0; i < kSlices; i++) here = here && is_here(i);
+      for (int b = 0; b < kSlices; b += kBatch) {
+#pragma unroll
+        for (int i = b; i < b + kBatch && i < kSlices; i++)
+          if (!is_here(i)) load_pairs(pairs + i * (64 * S::kInRoom), value[i][0], value[i][1]);
+#pragma unroll
+        for (int i = b; i < b + kBatch && i < kSlices; i++) here = here && is_here(i);
+      }
     } while (!looks.found(here, c.lane));
   }
 

@@ -32,11 +32,14 @@ STREAM = "weight stream"  # where a waiting producer stands
 PART_WORDS = 10  # of what a block tells in a round within a token: see rounds.cuh
 ROUND_TAGS = 32  # of a token: later rounds begin anew
 LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among the most likely ones: see report.cuh
-CELL = 32  # values of a column that follow each other in a vector of several columns: see vectors.cuh
+CELL = 32  # values of a column that follow each other in shared memory: see panel.cuh
+FEW_COLUMNS = 2  # where no more than a tile of a vector follow each other: see `run`
+SECTOR = 32  # bytes: what the L2 cache keeps as one
 VERSIONS = 4  # places of a vector, if it needs no flags
 PART_BUFFERS, SLICE_BUFFERS = 3, 4  # steps of one that does that are there or on their way: parts of a tile, or slices of codes
-PIECE_BLOCKS = 16  # of the KV cache that are one part of a head's, for several columns: see units.cuh
+PIECE_BLOCKS = 24  # of the KV cache that are one part of a head's at most, for several columns: see units.cuh
 KV_PIECES = 32  # most parts of a head's cache whose results a column sums: see units.cuh
+EVEN = 0.9  # of the blocks at work while the last ones have a part of attention
 TILE_BITS = 12  # a tile range is packed as first << TILE_BITS | count
 
 # The kernel's parameters.
@@ -239,9 +242,26 @@ def panel(plan: Plan, g: Geometry) -> Panel:
     return Panel(steps, held, buffers, cell_bytes * (sum(steps[:held]) + buffers * steps[0]))
 
 
+def piece_step(plan: Plan) -> int:
+    """How many parts of a head's cache are one more for each block, where all columns are at work: they come in multiples of this."""
+
+    def even(step: int) -> float:
+        parts = plan.columns * plan.kv.virtual_heads * step
+        return parts / round_up(parts, plan.target.workers)
+
+    steps = range(1, KV_PIECES + 1)
+    return next((step for step in steps if even(step) >= EVEN), max(steps, key=even))
+
+
+def most_pieces(plan: Plan) -> int:
+    """Most parts of a head's cache: see units.cuh."""
+    step = piece_step(plan)
+    return KV_PIECES // step * step
+
+
 def most_units(plan: Plan) -> int:
     """Most parts of the KV cache that the columns of a pass have results of: see units.cuh."""
-    pieces = min(KV_PIECES, ceil_div(plan.kv.blocks, PIECE_BLOCKS))
+    pieces = min(most_pieces(plan), round_up(ceil_div(plan.kv.blocks, PIECE_BLOCKS), piece_step(plan)))
     return plan.columns * plan.kv.virtual_heads * pieces
 
 
@@ -298,7 +318,7 @@ def place_buffers(plan: Plan) -> Places:
             words = columns * values
         else:  # readers' columns, padding included
             values = max(s.geometry.columns for s in plan.stages if s.geometry and s.reads[0] == b.name)
-            words = round_up(values, CELL) * columns // 4
+            words = round_up(values, CELL) * room(plan, b.name) // 4
             if is_plain(b):
                 plain[b.name] = round_up(words, FLAG_ALIGNMENT)
                 words = copies(plan) * VERSIONS * plain[b.name]
@@ -325,6 +345,25 @@ def flag_stride(plan: Plan) -> int:
 def written_rows(stage: Stage, tile_rows: int) -> int:
     """Rows of a tile of what a stage writes, as a vector."""
     return tile_rows // 2 if stage.linear and stage.linear.epilogue == "swiglu" else tile_rows
+
+
+def writer_of(plan: Plan, buffer: str) -> Stage:
+    """The first stage that writes a buffer."""
+    return next(s for s in plan.stages if s.writes == buffer)
+
+
+def run(plan: Plan) -> int:
+    """Values of a column that follow each other in a vector: of few columns one tile, so that these make a sector."""
+    return plan.target.tile_rows if plan.columns <= FEW_COLUMNS else CELL
+
+
+def room(plan: Plan, buffer: str) -> int:
+    """For how many columns a vector has room: for more than one where blocks would share sectors, since they would wait for each other.
+
+    A tile of half the rows is one of many of a block, which may lie close together.
+    """
+    whole = written_rows(writer_of(plan, buffer), plan.target.tile_rows) == plan.target.tile_rows
+    return SECTOR // (2 * run(plan)) if whole and plan.columns == 1 else plan.columns
 
 
 def writers(plan: Plan, buffer: str) -> int:
@@ -416,6 +455,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("u32", "kFirstLook", t.first_look_cycles),
         ("int", "kCopies", copies(plan)),
         ("int", "kMomentStride", moment_stride(plan)),
+        ("u32", "kRun", run(plan)),
         ("bool", "kTrace", trace),
         ("int", "kColumns", plan.columns),
         ("int", "kColumnGroups", ceil_div(plan.columns, 4)),
@@ -425,8 +465,9 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("int", "kFlagStride", flag_stride(plan)),
         ("int", "kQkvWords", round_up(plan.buffer("qkv").values, t.tile_rows)),
         ("int", "kAppended", places.appended),
-        ("u32", "kKvPieces", KV_PIECES),
+        ("u32", "kKvPieces", most_pieces(plan)),
         ("u32", "kPieceBlocks", PIECE_BLOCKS),
+        ("u32", "kPieceStep", piece_step(plan)),
         ("int", "kStages", len(names)),
         ("u32", "kStreamWhere", names.index(STREAM)),
         ("u32", "kTokenWhere", names.index("token")),
@@ -494,6 +535,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
             if buffer not in places.flags and buffer not in places.plain:
                 continue
             facts += [
+                ("int", f"k{end}Room", room(plan, buffer)),
                 ("u32", f"k{end}Blocks", writers(plan, buffer)),
                 ("u32", f"k{end}Writes", sum(s.writes == buffer for s in plan.stages)),  # versions of a pass
                 ("int", f"k{end}Version", places.plain.get(buffer, 0)),  # words
@@ -501,7 +543,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
             if buffer in places.flags:
                 facts.append(("int", f"kFlags{end}", places.flags[buffer]))
             if end == "In":
-                writer = next(s for s in plan.stages if s.writes == buffer)
+                writer = writer_of(plan, buffer)
                 facts.append(("u32", "kInRows", writer.tiles * written_rows(writer, t.tile_rows)))
             else:
                 facts.append(("u32", "kTilePairs", written_rows(stage, t.tile_rows) // 2))
@@ -541,6 +583,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append("  template <class Role>\n  static FF_DEVICE void token(Role& role, u32 step) {")
     text.append(f"    Embed{kind}<Model, stage::Embed>::run(role, step);")
     text.append("#pragma unroll 1\n    for (u32 layer = 0; layer < Model::kLayers; layer++) {")
+
     def forget(following: Stage, stages: Sequence[Stage], layer: str) -> str:
         names = ", ".join(f"stage::{camel(s.name)}" for s in (following, *stages))
         return f"Forget<Model, {names}>::run(role, step, {layer});"

@@ -1,11 +1,10 @@
 // x of several columns in shared memory.
 //
-// A vector that its readers have room for is without flags (vectors.cuh), [cell][column][32 values of 16 bits]. One that they have no room for
-// is read piece by piece, many times. It has one copy, and flags, tagged: a word of each block that writes a part. Who has seen all of them
-// may read everything.
+// A vector that its readers have room for is without flags (vectors.cuh). One that they have no room for is read piece by piece, many times.
+// It has one copy, and flags, tagged: a word of each block that writes a part. Who has seen all of them may read everything.
 //
-// A warp of the consumers copies its cells into shared memory, its panel, where they lie as they do in global memory: 64 bytes of a column
-// are two steps of 16 values. Those of four columns are what an instruction multiplies, 8 bytes a lane: column n of the operand is column
+// A warp of the consumers copies its values into shared memory, its panel, [cell][column][32 values]: 64 bytes of a column are two steps of
+// 16 values. Those of four columns are what an instruction multiplies, 8 bytes a lane: column n of the operand is column
 // n / 2 at step n % 2. As with one column, rows 0-7 of A are a tile at the first step and rows 8-15 the same tile at the second, so
 // that of the result only (row g, step 0) and (row g + 8, step 1) mean anything: their sum, in lane (g, t), is row g of column t.
 #pragma once
@@ -92,6 +91,18 @@ FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kCol
   }
 }
 
+// Piece `number` of a vector, 16 bytes: 8 rows of a column.
+template <class M>
+struct PanelPiece {
+  u32 row, column;
+  FF_DEVICE explicit PanelPiece(u32 number) {
+    constexpr u32 kOfRun = M::kRun / 8;
+    row = (number / (kOfRun * M::kColumns) * kOfRun + number % kOfRun) * 8;
+    column = number / kOfRun % M::kColumns;
+  }
+  FF_DEVICE u32 place() const { return (row / 32 * M::kColumns + column) * 64 + row % 32 * 2; }  // in the panel
+};
+
 // A warp's cells of x in shared memory: all of them, if there is room.
 // NOTE: the warps of a block must have met since they used what lies in its place.
 template <class M, class S, bool all = S::kBuffers == 0>
@@ -107,12 +118,14 @@ struct Panel {
       : lane(c.lane), columns(c.columns()), first(c.shared + Layout<M>::kPanel + c.warp * kBytes),
         factors(c.shared + Layout<M>::kFactors + c.warp * (M::kColumns * 4)), place(first) {
     constexpr u32 kPieces = M::kColumns * 4, kAll = S::kCells * kPieces;  // of 16 bytes
-    constexpr int kLanes = ceil_div((int)kAll, 32), kAtOnce = kLanes < 8 ? kLanes : 8;
+    constexpr int kLanes = ceil_div((int)kAll, 32), kMost = M::kColumns < 8 ? 16 : 8, kAtOnce = kLanes < kMost ? kLanes : kMost;
     const u32 cell = c.warp % S::kWarpsColumns * S::kCells, version = c.version_of(step, layer, S::kInWrites);
     const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + version * S::kInVersion) + cell * kCellBytes;
     // NOTE: what is behind the last row that anybody writes is padding, and never there.
-    const auto row = [&](u32 i) { return (cell + i / kPieces) * 32 + i % 4 * 8; };
-    const auto exists = [&](u32 i) { return i < kAll && i % kPieces < columns * 4 && (S::kInRows == S::kCells * S::kWarpsColumns * 32 || row(i) < S::kInRows); };
+    const auto row = [&](u32 i) { return cell * 32 + PanelPiece<M>(i).row; };
+    const auto exists = [&](u32 i) {
+      return i < kAll && PanelPiece<M>(i).column < columns && (S::kInRows == S::kCells * S::kWarpsColumns * 32 || row(i) < S::kInRows);
+    };
     Looks<M> looks(c.looks_place(S::kWhere));
     if constexpr (S::kNewcomers) looks.first = false;  // it has been waited for
 #pragma unroll 1
@@ -135,7 +148,7 @@ struct Panel {
       } while (!looks.found(here, lane));
 #pragma unroll
       for (int i = 0; i < kAtOnce; i++)
-        if (base + i * 32 + lane < kAll) store_shared4(first + (base + i * 32 + lane) * 16, v[i]);
+        if (base + i * 32 + lane < kAll) store_shared4(first + PanelPiece<M>(base + i * 32 + lane).place(), v[i]);
     }
     __syncwarp();
   }
@@ -223,7 +236,7 @@ struct Panel<M, S, false> {
       if (!again || step >= S::kHeldSteps) {
 #pragma unroll 2  // it is there many times, and seldom in the way
         for (u32 i = 0; i < S::kStepCells * kPieces; i += 32)
-          if (i + lane < cells * kPieces && (i + lane) % kPieces < columns * 4) async_copy16(to + (i + lane) * 16, source + i * 16);
+          if (i + lane < cells * kPieces && PanelPiece<M>(i + lane).column < columns) async_copy16(to + PanelPiece<M>(i + lane).place(), source + i * 16);
       }
       missing--;
       cell += cells;

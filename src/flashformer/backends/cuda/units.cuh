@@ -1,7 +1,8 @@
 // Attention of several columns: how their parts of the KV cache are shared by the blocks, and how a block streams its own.
 //
 // What a column sees of a head's cache is cut into equal pieces: of M::kPieceBlocks blocks of 16 positions at most, or of more where
-// there would be more than M::kKvPieces of them. A unit is a piece of a virtual head of a column. Units are numbered column by column,
+// there would be more than M::kKvPieces of them. There are multiples of M::kPieceStep, so that thread blocks have equally much to do where
+// all columns are at work and equally long. A unit is a piece of a virtual head of a column. Units are numbered column by column,
 // head by head, piece by piece, and thread blocks have equal runs of them. Which positions are summed together depends on the column's
 // position alone; only who does it, and where the partial result lies meanwhile, depends on the other columns.
 #pragma once
@@ -17,8 +18,9 @@ struct Units {
   FF_DEVICE explicit Units(const Block<M>& b) {
     const bool exists = b.lane < b.columns();
     position = exists ? b.column(b.lane).position : 0;
-    const u32 per_head = position / 16 + 1, least = ceil_div(per_head, M::kKvPieces);  // blocks; of a piece
-    pieces = exists ? ceil_div(per_head, least < M::kPieceBlocks ? M::kPieceBlocks : least) : 0;
+    const u32 per_head = position / 16 + 1, most = per_head < M::kKvPieces ? per_head : M::kKvPieces;
+    pieces = ceil_div(per_head, M::kPieceBlocks * M::kPieceStep) * M::kPieceStep;
+    pieces = !exists ? 0 : pieces < most ? pieces : most;
     end = pieces * M::kVirtualHeads;
     const u32 own = end;
 #pragma unroll
