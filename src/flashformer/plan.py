@@ -157,6 +157,10 @@ class Plan:
         """Bytes that a token must read with `context` positions before it: weights and KV cache."""
         return self.weight_bytes() + self.config.num_layers * self.kv.bytes_read(context)
 
+    def bytes_of(self, context: int, tokens: int) -> int:
+        """Bytes that so many tokens read, one after the other, the first with `context` positions before it."""
+        return (self.token_bytes(context) + self.token_bytes(context + tokens - 1)) * tokens // 2  # each reads as much more as the next
+
 
 def spread(tiles: int, workers: int) -> list[int]:
     """`tiles` over `workers` as evenly as whole tiles allow, the same every time: fixed owners."""

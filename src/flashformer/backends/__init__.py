@@ -86,7 +86,7 @@ def alone(plan: Plan, turn: Turn, seconds: Sequence[float]) -> RunStats:
     """What a launch of one turn did, whose tokens were made after so many seconds each."""
     first, last = (seconds[0], seconds[-1]) if seconds else (0.0, 0.0)
     context = turn.start + len(turn.tokens)
-    nbytes = sum(plan.token_bytes(context + i) for i in range(max(len(seconds) - 1, 0)))
+    nbytes = plan.bytes_of(context, max(len(seconds) - 1, 0))
     return RunStats(len(turn.tokens), turn.start, first, len(seconds), last - first, nbytes)
 
 

@@ -81,16 +81,17 @@ class Columns:
                 ending = not any(part.open for part in parts)
                 if ending or pace.overdue:
                     running = not context.done(marker)  # NOTE: before the look, so that no token is missed
-                news = False
+                passes = 0  # that have made the tokens found now, at least
                 for place, (number, part) in enumerate(zip(numbers, parts, strict=True)):
                     if part.turn.cancelled:
                         self.cancel[place] = 1
+                    seen = part.seen
                     while (token := part.next_token(run)) is not None:
-                        news = True
                         yield part.take(number, token, time.perf_counter() - began)
-                if news:
+                    passes = max(passes, part.seen - seen)
+                for _ in range(passes):
                     pace.made()
-                elif running:
+                if running and not passes:
                     pace.wait(soon=ending)
         finally:
             self.cancel[: len(parts)] = 1

@@ -311,7 +311,7 @@ class CudaRunner:
             context = start + len(tokens)
             self.stats = RunStats(
                 len(tokens), start, first - began, made, last - first,
-                sum(self.plan.token_bytes(context + i) for i in range(max(made - 1, 0))),
+                self.plan.bytes_of(context, max(made - 1, 0)),
             )  # fmt: skip
 
     def run(self, turns: Sequence[Turn]) -> Generator[Made, None, None]:
