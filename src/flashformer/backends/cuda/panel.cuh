@@ -92,15 +92,25 @@ FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kCol
 }
 
 // Piece `number` of a vector, 16 bytes: 8 rows of a column.
+// NOTE: where a vector lies as the panel does, there is nothing to compute: it would be in the loop that streams.
 template <class M>
 struct PanelPiece {
-  u32 row, column;
-  FF_DEVICE explicit PanelPiece(u32 number) {
-    constexpr u32 kOfRun = M::kRun / 8;
-    row = (number / (kOfRun * M::kColumns) * kOfRun + number % kOfRun) * 8;
-    column = number / kOfRun % M::kColumns;
+  static constexpr bool kSame = M::kRun == 32;
+  u32 number;
+
+  FF_DEVICE u32 row() const {
+    if constexpr (kSame) return number / (4 * M::kColumns) * 32 + number % 4 * 8;
+    else return number / M::kColumns * 8;
   }
-  FF_DEVICE u32 place() const { return (row / 32 * M::kColumns + column) * 64 + row % 32 * 2; }  // in the panel
+  FF_DEVICE bool exists(u32 columns) const {
+    if constexpr (kSame) return number % (4 * M::kColumns) < 4 * columns;
+    else return number % M::kColumns < columns;
+  }
+  // In the panel.
+  FF_DEVICE u32 place() const {
+    if constexpr (kSame) return number * 16;
+    else return (row() / 32 * M::kColumns + number % M::kColumns) * 64 + row() % 32 * 2;
+  }
 };
 
 // A warp's cells of x in shared memory: all of them, if there is room.
@@ -122,9 +132,9 @@ struct Panel {
     const u32 cell = c.warp % S::kWarpsColumns * S::kCells, version = c.version_of(step, layer, S::kInWrites);
     const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + version * S::kInVersion) + cell * kCellBytes;
     // NOTE: what is behind the last row that anybody writes is padding, and never there.
-    const auto row = [&](u32 i) { return cell * 32 + PanelPiece<M>(i).row; };
+    const auto row = [&](u32 i) { return cell * 32 + PanelPiece<M>{i}.row(); };
     const auto exists = [&](u32 i) {
-      return i < kAll && PanelPiece<M>(i).column < columns && (S::kInRows == S::kCells * S::kWarpsColumns * 32 || row(i) < S::kInRows);
+      return i < kAll && PanelPiece<M>{i}.exists(columns) && (S::kInRows == S::kCells * S::kWarpsColumns * 32 || row(i) < S::kInRows);
     };
     Looks<M> looks(c.looks_place(S::kWhere));
     if constexpr (S::kNewcomers) looks.first = false;  // it has been waited for
@@ -148,7 +158,7 @@ struct Panel {
       } while (!looks.found(here, lane));
 #pragma unroll
       for (int i = 0; i < kAtOnce; i++)
-        if (base + i * 32 + lane < kAll) store_shared4(first + PanelPiece<M>(base + i * 32 + lane).place(), v[i]);
+        if (base + i * 32 + lane < kAll) store_shared4(first + PanelPiece<M>{base + i * 32 + lane}.place(), v[i]);
     }
     __syncwarp();
   }
@@ -236,7 +246,7 @@ struct Panel<M, S, false> {
       if (!again || step >= S::kHeldSteps) {
 #pragma unroll 2  // it is there many times, and seldom in the way
         for (u32 i = 0; i < S::kStepCells * kPieces; i += 32)
-          if (i + lane < cells * kPieces && PanelPiece<M>(i + lane).column < columns) async_copy16(to + PanelPiece<M>(i + lane).place(), source + i * 16);
+          if (const PanelPiece<M> piece{i + lane}; i + lane < cells * kPieces && piece.exists(columns)) async_copy16(to + piece.place(), source + i * 16);
       }
       missing--;
       cell += cells;
