@@ -19,6 +19,7 @@ import cliffs
 import losses
 import numpy as np
 import pytest
+import refresh
 import table
 import variants
 
@@ -295,3 +296,58 @@ def test_records_of_cliffs_are_consistent(path: Path) -> None:
 def test_records_of_losses_add_up(path: Path) -> None:
     for record in load_records(path, losses.Losses):
         assert record.floor + sum(record.stages.values()) + record.other + record.choice == pytest.approx(record.token)
+
+
+# --- What is missing -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_measured_as_long_as_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is there is passed over, one that fails or takes too long is not the end."""
+    ran: list[str] = []
+
+    def run(command: list[str], timeout: float, **_: Any) -> SimpleNamespace:
+        script, model = Path(command[1]).stem, command[command.index("--models") + 1]
+        ran.append(model)
+        if model == "slow":
+            raise refresh.subprocess.TimeoutExpired(command, timeout)
+        if model != "broken":
+            path = tmp_path / f"{script}-gpu.json"
+            kept = json.loads(path.read_text()) if path.exists() else []
+            commit, contexts = command[command.index("--commit") + 1], command[command.index("--contexts") + 1].split(",")
+            made = [{"model": model, "weights": "bf16", "context": int(c), "commit": commit, "baselines": {}} for c in contexts]
+            path.write_text(json.dumps([*kept, *made]))
+        return SimpleNamespace(returncode=int(model == "broken"))
+
+    def measurements() -> Iterator[refresh.Measurement]:
+        yield refresh.decode("slow", "bf16", 5)
+        yield refresh.decode("broken", "bf16", 5)
+        yield refresh.decode("large", "bf16", 1000)
+        yield refresh.decode("small", "bf16", 5, (128, 1024))
+        yield refresh.decode("small", "bf16", 5, (131072,))
+        yield refresh.decode("compared", "bf16", 5, beside="other")
+
+    monkeypatch.setattr(refresh.subprocess, "run", run)
+    monkeypatch.setattr(refresh, "measurements", measurements)
+
+    def call(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["refresh.py", "--seconds", "60", "--commit", "abc", "--results", str(tmp_path), *options])
+        refresh.main()
+        return capsys.readouterr().out
+
+    told = call()
+    assert ran == ["slow", "broken", "small", "small", "compared"]
+    assert [line.split(": ")[1].split(",")[0] for line in told.splitlines()][:3] == ["cut short", "failed with status 1", "some 1000 s"]
+    ran.clear()
+    assert "small" not in call("--list") and not ran
+    call()
+    assert ran == ["slow", "broken", "compared"]  # which is there, but beside nothing
+
+
+def test_measurements_are_known_runs_of_scripts() -> None:
+    for one in refresh.measurements():
+        assert (refresh.HERE / f"{one.script}.py").exists() and one.seconds > 0
+        if "--models" in one.options:
+            for name in one.options[one.options.index("--models") + 1].split(","):
+                shape(name)

@@ -38,6 +38,8 @@ def test_bytes_of_llama_3_1_8b() -> None:
     assert plan.token_bytes(1024) - plan.weight_bytes() == LAYERS * 1024 * 2 * KV * 2 == 134_217_728
     predicted = predict(plan, 1024)
     assert predicted.bytes_read == plan.token_bytes(1024)
+    for tokens in (0, 1, 2, 129):
+        assert plan.bytes_of(1023, tokens) == sum(plan.token_bytes(1023 + i) for i in range(tokens))
     assert {s.name: s.weight_bytes for s in predicted.stages if s.weight_bytes} == BY_STAGE
     assert {s.name: s.kv_bytes for s in predicted.stages if s.kv_bytes} == {"attention": 134_217_728}
 

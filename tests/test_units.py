@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulated_gpu import Context, Device, compile_source
-from flashformer.backends.cuda.codegen import PIECE_BLOCKS, generate, most_pieces, most_units, piece_step
+from flashformer.backends.cuda.codegen import EVEN, PIECE_BLOCKS, generate, most_pieces, most_units, piece_step
 from flashformer.models import build_graph
 from flashformer.plan import BLOCK_POSITIONS, Plan, make_plan
+from flashformer.shapes import SHAPES, shape
 from flashformer.targets import get
 from test_validate import model
 
@@ -122,3 +123,14 @@ def test_other_columns_do_not_change_how_one_is_cut(units: Lister, data: st.Data
     column = data.draw(st.integers(0, len(positions) - 1))
     among_others = [unit[1:] for unit in units(positions) if unit.column == column]
     assert among_others == [unit[1:] for unit in units([positions[column]])]
+
+
+@pytest.mark.parametrize("columns", [2, 4, 8, 16])
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_all_blocks_are_at_work_in_a_full_pass(name: str, columns: int) -> None:
+    """Where all columns see as much, the units of a pass are hardly fewer than a multiple of the blocks."""
+    config = shape(name)
+    plan = make_plan(config, build_graph(config), get("sm_90"), max_context=4096, workers=132, columns=columns)
+    units = columns * plan.kv.virtual_heads * piece_step(plan)
+    assert units >= EVEN * 132 * -(-units // 132)
+    assert most_pieces(plan) % piece_step(plan) == 0

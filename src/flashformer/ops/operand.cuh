@@ -22,7 +22,8 @@ struct Operand {
     const u32 place = c.copy() * M::kVersions + c.version_of(step, layer, S::kInWrites);
     const u64* exchange = c.words(0);
     asm volatile("" : "+l"(exchange));  // NOTE: so that no pointer is kept through all layers
-    const u32* pairs = reinterpret_cast<const u32*>(exchange + S::kInput + place * S::kInVersion) + (first / M::kRun * (M::kRun / 2 * S::kInRoom) + first % M::kRun / 2);
+    const u32* pairs = reinterpret_cast<const u32*>(exchange + S::kInput + place * S::kInVersion) +
+                       (first / M::kRun * (M::kRun / 2 * S::kInRoom) + first % M::kRun / 2);
 #pragma unroll
     for (int i = 0; i < kSlices; i++) {
       const bool exists = kWhole || (i * 128 + c.lane * 4 < kWarpColumns && first + i * 128 < S::kColumns);
