@@ -1,7 +1,7 @@
 """Measure what a pass of several columns costs on this GPU: writes benchmarks/results/columns-<gpu>.json.
 
 usage: python benchmarks/columns.py [--models llama-3.1-8b] [--weights bf16,int4] [--columns 1,2,4,8,16] [--context 1024] [--repeats 5]
-                                    [--baseline 8] [--no-check]
+                                    [--prompt-columns 16] [--baseline 8] [--no-check]
 
 Each kernel runs passes of one sequence up to as many as it has columns, and prompts, which fill all columns. The time of a pass is the
 difference between long and short launches by their difference in passes. The kernel of one column is measured in the same process, before
@@ -21,6 +21,7 @@ from pathlib import Path
 from flashformer import FlashFormerError
 from flashformer.backends import Turn
 from flashformer.backends.cuda import RandomWeights, load
+from flashformer.backends.cuda.prompts import PromptKernel
 from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.bench import check_kernel, plan_for_gpu
 from flashformer.formats import NAMED
@@ -78,7 +79,7 @@ def pass_ms(runner: CudaRunner, sequences: int, context: int) -> float:
     return (long - short) / (LONG - SHORT) * 1e3
 
 
-def prompt_ms(runner: CudaRunner, context: int) -> float:
+def prompt_ms(runner: CudaRunner | PromptKernel, context: int) -> float:
     """Milliseconds of a pass that feeds as many tokens of a prompt as there are columns."""
     short, long = (runner.time_turns([Turn(0, [1] * (passes * runner.columns), context, 1)]) for passes in (SHORT, LONG))
     return (long - short) / (LONG - SHORT) * 1e3
@@ -93,12 +94,15 @@ def host_us(runner: CudaRunner, context: int) -> float:
     return (time.process_time() - began) / made * 1e6
 
 
-def measure(model: str, weights: str, columns: int, context: int, repeats: int, checked: bool) -> tuple[Times, str]:
-    """One kernel with each number of sequences, and with prompts; the GPU's name."""
+def measure(
+    model: str, weights: str, columns: int, context: int, repeats: int, checked: bool, prompt_columns: int = 0
+) -> tuple[Times, str]:
+    """One kernel with each number of sequences, and with prompts, or with a kernel for prompts beside it; the GPU's name."""
     config = shape(model)
     drawn = RandomWeights(config, format=NAMED[weights])
-    positions = context + LONG * max(columns, 4) + 1
-    runner = load(plan_for_gpu(config, positions, drawn.formats, columns=columns, slots=columns), drawn)
+    positions = context + LONG * max(columns, prompt_columns, 4) + 1
+    plan = plan_for_gpu(config, positions, drawn.formats, columns=columns, slots=columns, prompt_columns=prompt_columns)
+    runner = load(plan, drawn)
     try:
         quality = check_kernel(runner, drawn) if checked else None
         runner.fill_kv()
@@ -108,6 +112,8 @@ def measure(model: str, weights: str, columns: int, context: int, repeats: int, 
                 found.by_load.setdefault(f"{n} sequences", []).append(pass_ms(runner, n, context))
             if columns > 1:
                 found.by_load.setdefault("prompt", []).append(prompt_ms(runner, context))
+            elif runner.prompts:
+                found.by_load.setdefault(f"prompt, {prompt_columns} columns beside it", []).append(prompt_ms(runner.prompts, context))
         found.by_load = {load: times[1:] for load, times in found.by_load.items()}  # the first warms up
         found.host_us = host_us(runner, context)
         return found, runner.info.name
@@ -127,7 +133,8 @@ def baseline(model: str, sequences: int, context: int, repeats: int) -> tuple[Ti
 def measured(model: str, weights: str, options: argparse.Namespace) -> Iterator[tuple[Times, str]]:
     """Each kernel's times, as they are there."""
     for columns in map(int, options.columns.split(",")):
-        yield measure(model, weights, columns, options.context, options.repeats, not options.no_check)
+        beside = options.prompt_columns if columns == 1 else 0
+        yield measure(model, weights, columns, options.context, options.repeats, not options.no_check, beside)
     if options.baseline and weights == "bf16":
         yield baseline(model, options.baseline, options.context, options.repeats)
 
@@ -151,6 +158,7 @@ def main() -> None:
     parser.add_argument("--models", default="llama-3.1-8b")
     parser.add_argument("--weights", default="bf16")
     parser.add_argument("--columns", default="1,2,4,8,16,1")
+    parser.add_argument("--prompt-columns", type=int, default=0, help="of a kernel for prompts beside that of one column")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--baseline", type=int, metavar="SEQUENCES", help="measure torch.compile, too")

@@ -73,6 +73,13 @@ def columns(model: str, weights: str, seconds: int, most: int) -> Measurement:
     return Measurement("columns", options, seconds, {"model": model, "weights": weights}, count=len(widths))
 
 
+def prompts(model: str, weights: str, seconds: int, columns: int) -> Measurement:
+    """Passes of a kernel for prompts beside one of one column."""
+    options = ("--models", model, "--weights", weights, "--columns", "1", "--prompt-columns", str(columns), "--repeats", "3", "--no-check")
+    load = f"prompt, {columns} columns beside it"
+    return Measurement("columns", options, seconds, {"model": model, "weights": weights, "columns": 1, "load": load})
+
+
 def measurements() -> Iterator[Measurement]:
     """All of them, most important first."""
     yield decode("llama-3.1-8b", "bf16", 45, CONTEXTS)
@@ -82,6 +89,8 @@ def measurements() -> Iterator[Measurement]:
     yield decode("qwen3-0.6b", "bf16", 20, CONTEXTS)
     yield decode("llama-3.2-3b", "bf16", 35, CONTEXTS)
     yield decode("llama-3.2-3b", "int4", 25)
+    yield prompts("llama-3.1-8b", "bf16", 25, 16)
+    yield prompts("llama-3.1-8b", "int4", 25, 16)
     yield columns("llama-3.1-8b", "bf16", 70, 16)
     yield columns("llama-3.1-8b", "int4", 60, 16)
     yield Measurement("sampling", (), 30, {"model": "llama-3.2-1b"})

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import flashformer
 from flashformer import SamplingParams
 from flashformer.backends import Made, Runner, Turn
 from flashformer.check import compare, sample_tokens
@@ -167,3 +168,36 @@ def check_refusals(runner: Runner) -> None:
     for turn in (Turn(0, [1, 2], 0, 1, drafts=2), Turn(0, [1] * (CONTEXT + 1), 0, 1), Turn(1, [1], CONTEXT, 1)):
         with pytest.raises(DeviceError, match=f"do not fit into {CONTEXT} positions"):
             list(runner.run([turn]))
+
+
+def check_prompt_kernel(folder: Path, context: int, columns: int) -> None:
+    """A kernel for prompts on a GPU feeds all of a prompt but the last token.
+
+    What is made does not tell what else there was to do, or what was in the cache.
+    """
+    params = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=0)
+
+    def answers(engine: flashformer.Engine, ids: list[int]) -> list[tuple[int, float]]:
+        return [(r.token, r.logprob or 0.0) for r in engine.generate(ids, params)]
+
+    with flashformer.load(folder, "cuda", context) as engine:
+        ids = sample_tokens(engine.config, 21, seed=3)
+        slow = answers(engine, ids)
+    with flashformer.load(folder, "cuda", context, slots=2, prompt_columns=columns) as engine:
+        prompts = engine.runner.prompts  # type: ignore[attr-defined]
+        first = answers(engine, ids)
+        assert prompts.params.epoch == 1 + len(ids) - 1  # passes that there was room for
+        assert abs(first[0][1] - slow[0][1]) < 0.05
+        assert answers(engine, ids) == first  # with what is left of the prompt in the cache
+        longer = [*ids, *(token for token, _ in first), *ids[:3]]
+        reused = answers(engine, longer)
+        assert engine.stats.reused_tokens == len(ids) - 1  # but none of the answer
+        both: list[list[tuple[int, float]]] = [[], []]
+        for index, result in engine.generate([longer, ids], [params] * 2):
+            both[index].append((result.token, result.logprob or 0.0))
+        assert both == [reused, first]
+        engine.logits(longer)  # by the other kernel: nothing to begin a prompt with
+        assert answers(engine, longer) == reused
+    with flashformer.load(folder, "cuda", context, prompt_columns=columns) as engine:
+        assert answers(engine, longer) == reused
+        assert answers(engine, ids[:1]) and engine.stats.reused_tokens == 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import flashformer
+from column_checks import check_prompt_kernel
 from emulated_gpu import Context, Device, compile_source, emulated_gpu, translated
 from flashformer import SamplingParams
 from flashformer.backends import Turn
@@ -21,7 +22,7 @@ from flashformer.backends.cuda.codegen import ROUND_TAGS
 from flashformer.backends.cuda.turns import QUANTUM
 from flashformer.check import check_runner, compare, sample_tokens
 from flashformer.checkpoint import open_checkpoint
-from flashformer.errors import BuildError, DeviceError
+from flashformer.errors import BuildError, DeviceError, PlanError
 from flashformer.formats import choose
 from flashformer.geometry import Geometry
 from flashformer.models import build_graph
@@ -183,6 +184,14 @@ def test_slots_and_turns(tmp_path: Path, device: Device) -> None:
         runner.logits(tokens[::-1], 0, 1)
         runner.copy(2, 1, 19)
         assert np.array_equal(runner.logits(tokens[19:], 19, 1), whole[19:])
+
+
+def test_a_kernel_for_prompts(tmp_path: Path, device: Device) -> None:
+    folder = write_folder(tmp_path, make_config(**SMALL))
+    check_prompt_kernel(folder, CONTEXT, 4)
+    for wrong in ({"prompt_columns": 3}, {"prompt_columns": 4, "columns": 2}, {"prompt_columns": 4, "device": "cpu"}):
+        with pytest.raises(PlanError, match="prompt_columns is"):
+            flashformer.load(folder, **{"device": "cuda", "max_context": CONTEXT, **wrong})  # type: ignore[arg-type]
 
 
 # ---- what the emulated GPU finds ----

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import flashformer
+from column_checks import check_prompt_kernel
 from flashformer import Engine, SamplingParams
 from flashformer.check import sample_tokens
 from model_files import make_config, write_folder
@@ -41,3 +43,8 @@ def test_slots_hold_their_own_and_copies_are_exact(engine: Engine) -> None:
     assert np.array_equal(runner.logits(tokens[50:], 50, 2), whole[50:])
     runner.copy(2, 1, 37)
     assert np.array_equal(runner.logits(tokens[37:], 37, 1), whole[37:])
+
+
+@pytest.mark.parametrize("columns", [2, 16])
+def test_a_kernel_for_prompts(tmp_path: Path, columns: int) -> None:
+    check_prompt_kernel(write_folder(tmp_path, make_config(vocab_size=300)), 256, columns)

@@ -21,7 +21,8 @@ class OneColumn:
 
     slots = 3
 
-    def __init__(self) -> None:
+    def __init__(self, feeds_apart: bool = False) -> None:
+        self.feeds_apart = feeds_apart
         self.texts: list[list[int]] = [[], [], []]
         self.slot = 0
         self.launches: list[tuple[int, int, int]] = []  # slot, tokens fed, tokens to make
@@ -58,6 +59,12 @@ class OneColumn:
                 raise self.failure
         finally:
             self.cancelled += made < count
+
+    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
+        text = self.texts[slot]
+        assert len(text) >= start
+        text[start:] = tokens
+        self.launches.append((slot, len(tokens), 0))
 
     def scores(self, index: int) -> Scores:
         return Scores(-float(index), ())
@@ -106,7 +113,18 @@ def test_prompts_come_in_pieces() -> None:
     prompt = [100 + i % 50 for i in range(2 * PIECE + 5)]
     turn = Turn(0, prompt, 0, 3)
     assert [one.token for one in run_turns(runner, [turn, Turn(1, [1], 0, 2)]) if one.turn == 0] == answer(prompt, 3)
-    assert runner.launches == [(0, PIECE, 1), (1, 1, 2), (0, PIECE, 1), (0, 5, 3)]
+    assert runner.launches == [(0, PIECE, 0), (1, 1, 2), (0, PIECE, 0), (0, 5, 3)]
+
+
+def test_a_kernel_for_prompts_feeds_all_but_the_last_token() -> None:
+    runner = OneColumn(feeds_apart=True)
+    prompt = [100 + i % 50 for i in range(PIECE + 5)]
+    turns = [Turn(0, prompt, 0, QUANTUM + 3), Turn(1, [1, 2], 0, 2)]
+    made = list(run_turns(runner, turns))
+    assert [one.token for one in made if one.turn == 0] == answer(prompt, QUANTUM + 3)
+    assert [one.token for one in made if one.turn == 1] == answer([1, 2], 2)
+    assert runner.launches == [(0, PIECE, 0), (1, 1, 0), (0, 4, 0), (1, 1, 2), (0, 1, QUANTUM + 3)]
+    assert [turn.fed for turn in turns] == [PIECE + 5 + QUANTUM + 2, 3]
 
 
 def test_ends() -> None:

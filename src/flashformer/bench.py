@@ -104,13 +104,15 @@ def gpu_target() -> Target:
 
 def plan_for_gpu(
     config: ModelConfig, max_context: int | None = None, formats: Mapping[str, Format] | None = None, kv: KvType = "native",
-    columns: int = 1, slots: int = 1,
+    columns: int = 1, slots: int = 1, prompt_columns: int = 0,
 ) -> Plan:  # fmt: skip
     """A validated plan for the GPU of this machine. Raises DeviceError as `gpu_target` does."""
     from .validate import validate
 
     graph = models.build_graph(config)
-    plan = make_plan(config, graph, gpu_target(), max_context, formats=formats, kv_type=kv, columns=columns, slots=slots)
+    plan = make_plan(
+        config, graph, gpu_target(), max_context, formats=formats, kv_type=kv, columns=columns, slots=slots, prompt_columns=prompt_columns
+    )
     validate(plan)
     return plan
 

@@ -73,10 +73,11 @@ def main() -> None:
 @options.weights
 @options.kv
 @options.columns
+@options.prompt_columns
 @options.speculate
 def generate(
     model: str, prompt: str, max_tokens: int, stop: tuple[str, ...], chat: bool | None, stats: bool, device: str, max_context: int | None,
-    weights: str, kv: KvType, columns: int | None, speculate: str, **sampling: Any,
+    weights: str, kv: KvType, columns: int | None, prompt_columns: int, speculate: str, **sampling: Any,
 ) -> None:  # fmt: skip
     """Print a model's answer to a prompt as it is made. Without further options each token is the most likely one."""
     from .engine import load
@@ -87,7 +88,9 @@ def generate(
         prompt = sys.stdin.read()
     params = SamplingParams(max_tokens=max_tokens, stop=stop, **sampling)
     made = []
-    with load(model, device, max_context, weights=weights, kv=kv, columns=columns, draft=_drafts(speculate)) as engine:
+    with load(
+        model, device, max_context, weights=weights, kv=kv, columns=columns, draft=_drafts(speculate), prompt_columns=prompt_columns
+    ) as engine:
         _tell_notes(engine)
         if not prompt:
             raise InputError("the prompt is empty")
@@ -117,10 +120,11 @@ def generate(
 @options.weights
 @options.kv
 @options.columns
+@options.prompt_columns
 @options.speculate
 def chat(
     model: str, system: str | None, max_tokens: int, device: str, max_context: int | None, weights: str, kv: KvType,
-    columns: int | None, speculate: str, **sampling: Any,
+    columns: int | None, prompt_columns: int, speculate: str, **sampling: Any,
 ) -> None:  # fmt: skip
     """Talk with a model in the terminal; lines may also come from a pipe.
 
@@ -130,7 +134,9 @@ def chat(
     from .sampling import SamplingParams
     from .terminal import Chat
 
-    with load(model, device, max_context, weights=weights, kv=kv, columns=columns, draft=_drafts(speculate)) as engine:
+    with load(
+        model, device, max_context, weights=weights, kv=kv, columns=columns, draft=_drafts(speculate), prompt_columns=prompt_columns
+    ) as engine:
         _tell_notes(engine)
         Chat(engine, SamplingParams(max_tokens=max_tokens, **sampling), system).run()
 

@@ -21,6 +21,9 @@ columns = click.option(
     "--columns", type=int,
     help="Token positions of a pass, at most: prompts are read so many at a time. Default: 16 on a CPU; 1 on a GPU, the fastest answer.",
 )
+prompt_columns = click.option(
+    "--prompt-columns", type=int, default=0, help="On a GPU: tokens of a prompt that a pass feeds, by a second kernel. Default: none.",
+)  # fmt: skip
 speculate = click.option(
     "--speculate", default="none", show_default=True,
     help="Guess tokens and verify several in one pass, which changes none of them: 'lookup' (the text repeats itself), or a small MODEL.",

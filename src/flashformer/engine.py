@@ -282,7 +282,7 @@ class Engine:
 def load(
     model: str | os.PathLike[str], device: str = "auto", max_context: int | None = None, progress: Progress | None = None,
     weights: str = "native", kv: KvType = "native", slots: int = 1, columns: int | None = None,
-    draft: str | os.PathLike[str] | None = None,
+    draft: str | os.PathLike[str] | None = None, prompt_columns: int = 0,
 ) -> Engine:  # fmt: skip
     """Load a model and make it ready to run.
 
@@ -294,7 +294,8 @@ def load(
     which is half the bytes to read at long context; `flashformer quality` says what a model loses by it. slots: generations that run
     at a time, each with a KV cache of its own. columns: token positions that a pass carries at most (default: 16 on a CPU; on a GPU 1,
     which is the fastest for one text, or with a draft as many as there are kernels for). draft: speculate, without changing a token:
-    "lookup" guesses that texts repeat themselves, else a smaller model with the same vocabulary guesses.
+    "lookup" guesses that texts repeat themselves, else a smaller model with the same vocabulary guesses. prompt_columns: tokens of a prompt
+    that a pass feeds, by a second kernel beside the usual one of a GPU (default: 0, none: one token a pass).
 
     Raises CheckpointError, ConfigError, PlanError, BuildError or DeviceError, each a FlashFormerError.
     """
@@ -326,8 +327,9 @@ def load(
         if draft is not None and columns == 1:
             raise InputError("speculation verifies drafts in the columns of a pass, and a kernel of one column has no room for any")
         plan = make_plan(
-            checkpoint.config, graph, where.target, max_context, formats=formats, kv_type=kv, columns=columns, slots=slots
-        )
+            checkpoint.config, graph, where.target, max_context, formats=formats, kv_type=kv, columns=columns, slots=slots,
+            prompt_columns=prompt_columns,
+        )  # fmt: skip
         if where.backend == "cuda":
             plan = tuned(plan, where.name)
         validate(plan)

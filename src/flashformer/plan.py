@@ -128,6 +128,7 @@ class Plan:
     weights: Mapping[str, tuple[int, ...]]  # every tensor that the model reads, with its shape
     columns: int = 1  # token positions that a pass carries, at most
     slots: int = 1  # sequences that have a KV cache, each of `max_context` positions
+    prompt_columns: int = 0  # of a second kernel, which feeds prompts; 0: there is none
 
     def buffer(self, name: str) -> Buffer:
         """The buffer called `name`."""
@@ -226,17 +227,21 @@ def choose_formats(specs: Sequence[StageSpec], target: Target, formats: Mapping[
 
 def make_plan(
     config: ModelConfig, graph: Graph, target: Target, max_context: int | None = None, workers: int | None = None,
-    formats: Mapping[str, Format] | None = None, kv_type: KvType = "native", columns: int = 1, slots: int = 1,
+    formats: Mapping[str, Format] | None = None, kv_type: KvType = "native", columns: int = 1, slots: int = 1, prompt_columns: int = 0,
 ) -> Plan:  # fmt: skip
     """Decide everything for `graph` on `target`.
 
     max_context: positions that the KV cache holds (default: all that the model was made for).
     workers: the device's real number of SMs or cores. formats: of the matrices that need not be expanded to 16-bit values (see
     `formats.choose`). kv_type: see `KvLayout`. columns: token positions that a pass carries at most. slots: sequences that have a KV
-    cache at a time. Raises PlanError for a model that the target cannot hold.
+    cache at a time. prompt_columns: of a second kernel beside one of one column, which feeds prompts; 0: none. Raises PlanError for a model
+    that the target cannot hold.
     """
     if columns not in target.columns:
         raise PlanError(f"columns is {columns}; {target.name} has kernels for {', '.join(map(str, target.columns))}")
+    if prompt_columns and (columns > 1 or target.kind == "cpu" or prompt_columns not in target.columns[1:]):
+        several = ", ".join(map(str, target.columns[1:]))
+        raise PlanError(f"prompt_columns is {prompt_columns}; beside a GPU's kernel of one column prompts may have one of {several}")
     if slots < 1:
         raise PlanError(f"a plan needs at least one slot, not {slots}")
     if workers is not None:
@@ -268,7 +273,7 @@ def make_plan(
     weights = {name: weight.shape for name, weight in graph.weights().items()}
     tied = (s.geometry.format for s in stages if s.linear and s.geometry and s.linear.blocks[0].weight == embedding)
     table = PLAIN if target.plain_table else next(tied, target.fit(formats.get(embedding, PLAIN)) or PLAIN)
-    return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, table, weights, columns, slots)
+    return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, table, weights, columns, slots, prompt_columns)
 
 
 def retarget(plan: Plan, **numbers: Any) -> Plan:

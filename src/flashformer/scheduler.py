@@ -64,6 +64,7 @@ class Request:
     ) -> None:  # fmt: skip
         """`count` tokens at most; `decoder` makes them text, None where there is no tokenizer."""
         self.tokens = list(ids)  # prompt and answer
+        self.prompt = len(ids)  # tokens of it
         self.sampling, self.stop, self.count = sampling, stop, count
         self.speculation = speculation
         self.stats = RunStats(prompt_tokens=len(ids))
@@ -311,8 +312,15 @@ class Scheduler:
         except BaseException as error:
             request.outcome.put(error)
         else:
-            self.cached[slot] = request.ids
+            self.cached[slot] = [] if self.plan.prompt_columns else request.ids
             request.outcome.put(scores)
+
+    def _reusable(self, request: Request) -> int:
+        """How many positions of its slot another text may begin with, and have the same bits as if it had been fed anew.
+
+        A kernel for prompts sums in another order than the one that makes answers, and feeds all of a prompt but its last token.
+        """
+        return min(request.position, request.prompt - 1) if self.plan.prompt_columns else request.position
 
     def _settle(self, active: Sequence[Request], turns: Sequence[Turn], error: BaseException | None) -> None:
         """After a launch: what the caches hold, and who leaves."""
@@ -320,7 +328,7 @@ class Scheduler:
             if turns:
                 request.position = turns[number].start + turns[number].fed
                 # Nobody knows what a kernel that failed has written.
-                self.cached[request.slot] = [] if error or request.failed else request.tokens[: request.position]
+                self.cached[request.slot] = [] if error or request.failed else request.tokens[: self._reusable(request)]
             if error or request.cancelled or request.over:
                 self._active = [other for other in self._active if other is not request]
                 self._free.append(request.slot)

@@ -18,7 +18,7 @@ from .codegen import SequenceStruct
 from .pace import Pace
 
 if TYPE_CHECKING:
-    from .runner import CudaRunner
+    from .launcher import Launcher
 
 MOST_SEQUENCES = 32  # of a launch, kMostSequences in roles.cuh
 MAX_STOP = 64  # stop tokens of a sequence
@@ -27,7 +27,7 @@ MAX_STOP = 64  # stop tokens of a sequence
 class Columns:
     """How a runner's kernel of several columns is told what to do, and what it tells."""
 
-    def __init__(self, runner: CudaRunner) -> None:
+    def __init__(self, runner: Launcher) -> None:
         """Claims what sequences are told by; raises DeviceError where that does not fit."""
         self.runner = runner
         plan, context, p = runner.plan, runner.context, runner.params

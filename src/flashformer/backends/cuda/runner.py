@@ -9,10 +9,9 @@ from __future__ import annotations
 import ctypes
 import time
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -26,16 +25,17 @@ from ...plan import BLOCK_POSITIONS, Plan
 from ...tape import Tape, lay_tapes
 from .. import GREEDY, Made, Progress, RunStats, Turn, generate_alone, no_progress
 from ..sampling import NOTHING, REPORT_WORDS, Flag, Sampling, SamplingStruct, Scores, await_report, checked_token
-from .codegen import ROUND_TAGS, TILE_BITS, Params, Source, generate, threads
+from .codegen import TILE_BITS, Params, Source, generate, threads
 from .columns import MAX_STOP, MOST_SEQUENCES, Columns
 from .compile import Kernel, compile_source
 from .driver import Context, DeviceInfo, check, probe
+from .launcher import Launcher
 from .pace import Pace
 from .pack import KINDS, THREADS, Packer, Weights, gather_vectors, pack_words
+from .prompts import PromptKernel, prompt_plan
 from .turns import run_turns
 
 LOGIT_ROWS = 64  # positions of a launch that returns logits
-ABSENT = 0xFF  # bytes of kAbsent (exchange.cuh)
 POISON = 0xFF  # outputs hold NaN until the kernel has written them
 
 
@@ -76,19 +76,20 @@ def owners(context: Context, plan: Plan, tape: Tape, entries: np.ndarray) -> dic
     }
 
 
-class CudaRunner:
+class CudaRunner(Launcher):
     """Implements `Runner` (backends/__init__.py) on one GPU; `weights` are packed as it is made."""
 
     def __init__(self, plan: Plan, weights: Weights, progress: Progress = no_progress) -> None:
         if plan.columns > 1 and plan.slots > MOST_SEQUENCES:
             raise DeviceError(f"{plan.slots} slots; a kernel of several columns serves at most {MOST_SEQUENCES}")
-        self.columns, self.slots = plan.columns, plan.slots
+        self.columns, self.slots, self.feeds_apart = plan.columns, plan.slots, plan.prompt_columns > 0
         self.plan = plan
         self.stats = RunStats()
         self.info = device_for(plan)
         self.source: Source = generate(plan)
         progress("compiling", 0, 1)
         self.kernel: Kernel = compile_source(self.source.text, plan.target)
+        prompts = compile_source(generate(prompt_plan(plan)).text, plan.target) if plan.prompt_columns else None
         tools = compile_source('#include "code_tools.cuh"\n', plan.target, "cuda-tools")
         progress("compiling", 1, 1)
         self.context = Context(self.info.ordinal)
@@ -96,6 +97,7 @@ class CudaRunner:
             with ThreadPoolExecutor(1) as pool:
                 self._load(weights, tools, progress, pool)
             self.many = Columns(self) if self.columns > 1 else None
+            self.prompts = PromptKernel(self, prompts) if prompts else None
         except BaseException:
             self.context.close()
             raise
@@ -133,8 +135,6 @@ class CudaRunner:
         self.tokens = tokens.view(np.uint64)
         cancel_address, cancel = context.allocate_pinned(64, "the cancel flag", fill=0)
         self.cancel = cancel.view(np.uint32)
-        self.status = context.allocate(8, "status", fill=0)
-        self.exchange_bytes = self.source.exchange_words * 8
         self.logit_address = 0
         self.forced = context.allocate(4 * plan.max_context, "prompt")
         self.stop = context.allocate(4 * MAX_STOP, "stop tokens")
@@ -148,22 +148,14 @@ class CudaRunner:
             embedding=embedding,
             rope=context.upload(rope.result(), "rotary table"),
             kv=self.kv,
-            exchange=context.allocate(self.exchange_bytes, "exchanges", fill=0),
+            **self.claim_exchange(),
             forced=self.forced,
             stop=self.stop,
             tokens=self.token_address,
             cancel=cancel_address,
-            status=self.status,
             kv_blocks=plan.kv.blocks,
-            epoch=1,
         )
         context.wait()
-
-    def ready(self, kernel: Kernel, plan: Plan) -> Any:
-        """The function of a kernel that was made for `plan`, loaded and allowed its shared memory."""
-        function = self.context.function(self.context.load(kernel.cubin), "flashformer_decode")
-        self.context.allow_shared(function, plan.target.shared_bytes)
-        return function
 
     @contextmanager
     def instead(self, function: Any, plan: Plan) -> Iterator[None]:
@@ -211,20 +203,6 @@ class CudaRunner:
         else:
             self.launch([1], start, count, (), sampling)
 
-    def start(self, steps: int) -> None:
-        """Launch the kernel for so many passes at most, with the parameters as they are."""
-        p, target = self.params, self.plan.target
-        # Tags must never repeat: before they would wrap, the exchange memory is cleared and counting starts again.
-        if (p.epoch + steps + 1) * max(self.plan.config.num_layers + 1, ROUND_TAGS) >= 1 << 32:
-            self._clear_exchange()
-        if self.source.plain_words:  # no version of them is there
-            driver, context = self.context.driver, self.context
-            check(driver.cuMemsetD8Async(p.exchange, ABSENT, 8 * self.source.plain_words, context.stream), "prepare the exchanges")
-        p.steps = steps
-        p.run = p.run % 0x7FFFFFFF + 1
-        self.context.launch(self.function, target.workers, threads(self.plan), (p,), target.shared_bytes, cooperative=True)
-        p.epoch += steps
-
     def _prepare(self, sampling: Sampling, count: int) -> SamplingStruct:
         """Claim what a launch of `count` tokens uses to sample, and make it ready; what it copies is added to `_inputs`."""
         vocab, flags, context = self.plan.config.vocab_size, sampling.flags, self.context
@@ -252,28 +230,6 @@ class CudaRunner:
             pointers["report"] = self._sampling["report"]
             self.report[:count] = NOTHING
         return sampling.struct(**pointers)
-
-    def _clear_exchange(self) -> None:
-        """Forget every tag."""
-        driver = self.context.driver
-        driver.cuMemsetD8Async(self.params.exchange, 0, self.exchange_bytes, self.context.stream)
-        self.context.wait()
-        self.params.epoch = 1
-
-    def finish(self) -> None:
-        """Wait for the kernel and raise DeviceError where it gave up."""
-        self.context.wait()
-        status = self.context.download(self.status, np.zeros(2, np.uint32), "status")
-        if not status[0]:
-            return
-        where = int(status[0]) - 1
-        self.context.driver.cuMemsetD8(self.status, 0, 8)
-        self._clear_exchange()
-        stage = self.source.stage_names[where >> 16] if where >> 16 < len(self.source.stage_names) else "unknown"
-        raise DeviceError(
-            f"the kernel waited too long and gave up: stage {stage!r}, layer {where & 0xFFFF}, block {int(status[1])}; "
-            "please report this with the model's configuration"
-        )
 
     def generate(
         self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
@@ -317,6 +273,14 @@ class CudaRunner:
     def run(self, turns: Sequence[Turn]) -> Generator[Made, None, None]:
         """See `Runner.run`."""
         return self.many.run(turns) if self.many else run_turns(self, turns)
+
+    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
+        """Compute what the KV cache of a slot holds of `tokens` at positions start..., by the kernel of a prompt's tokens but the last."""
+        if self.prompts:
+            return self.prompts.feed(tokens, start, slot)
+        with self.in_slot(slot):
+            for _ in self.generate(tokens, start, 1, ()):
+                pass  # what follows is known
 
     def copy(self, source: int, target: int, positions: int) -> None:
         """See `Runner.copy`."""
@@ -365,21 +329,7 @@ class CudaRunner:
 
     def time_generate(self, start: int, count: int, sampling: Sampling = GREEDY) -> float:
         """Seconds on the device for one launch of `count` tokens from position `start` (benchmarks)."""
-        return self._seconds(lambda: self.launch_alone(start, count, sampling))
-
-    def time_turns(self, turns: Sequence[Turn]) -> float:
-        """Seconds on the device for one launch of turns, by a kernel of several columns (benchmarks)."""
-        if self.many is None:
-            raise DeviceError("this kernel has one column")
-        return self._seconds(partial(self.many.launch, turns))
-
-    def _seconds(self, launch: Callable[[], None]) -> float:
-        self.context.use()
-        first = self.context.event()
-        launch()
-        seconds = self.context.elapsed(first, self.context.event())
-        self.finish()
-        return seconds
+        return self.seconds(lambda: self.launch_alone(start, count, sampling))
 
     def fill_kv(self) -> None:
         """Random values for every position of all slots of the KV cache: a benchmark reads positions that nobody has computed."""

@@ -24,6 +24,7 @@ class OneColumn(Protocol):
     """What `run_turns` needs of a runner."""
 
     slots: int
+    feeds_apart: bool  # whether `feed` is another kernel's work, whose bits are its own
 
     def generate(
         self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
@@ -33,6 +34,10 @@ class OneColumn(Protocol):
 
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`."""
+        ...
+
+    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
+        """Compute what the KV cache of a slot holds of `tokens` at positions start..."""
         ...
 
     def in_slot(self, slot: int) -> AbstractContextManager[None]:
@@ -82,13 +87,13 @@ def _own(sampling: Sampling) -> Sampling:
 def _some(runner: OneColumn, one: _Sequence, began: float, most: int) -> Generator[Made, None, bool]:
     """A launch of one turn; whether it goes on."""
     turn, length = one.turn, len(one.turn.tokens)
+    # NOTE: a kernel for prompts feeds all tokens but the last, however few they are, so that no bit depends on who else there is.
+    if length - turn.fed > (1 if runner.feeds_apart else PIECE):
+        piece = turn.tokens[turn.fed : min(turn.fed + PIECE, length - 1)]
+        runner.feed(piece, turn.start + turn.fed, turn.slot)
+        turn.fed += len(piece)
+        return True
     with runner.in_slot(turn.slot):
-        if length - turn.fed > PIECE:
-            piece = turn.tokens[turn.fed : turn.fed + PIECE]
-            for _ in runner.generate(piece, turn.start + turn.fed, 1, ()):
-                pass  # what follows is known
-            turn.fed += len(piece)
-            return True
         fed = turn.tokens[turn.fed :] if turn.fed < length else one.made[-1:]
         start, count = turn.start + turn.fed, min(most, turn.count - len(one.made))
         before = len(one.made)
