@@ -90,7 +90,7 @@ def measurements() -> Iterator[Measurement]:
     yield decode("llama-3.2-3b", "bf16", 35, CONTEXTS)
     yield decode("llama-3.2-3b", "int4", 25)
     yield prompts("llama-3.1-8b", "bf16", 25, 16)
-    yield prompts("llama-3.1-8b", "int4", 25, 16)
+    yield prompts("llama-3.1-8b", "int4", 25, 8)
     yield columns("llama-3.1-8b", "bf16", 70, 16)
     yield columns("llama-3.1-8b", "int4", 60, 16)
     yield Measurement("sampling", (), 30, {"model": "llama-3.2-1b"})

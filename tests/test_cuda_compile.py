@@ -20,6 +20,7 @@ from flashformer.backends.cuda.codegen import (
     headers,
     threads,
 )
+from flashformer.backends.cuda.prompts import prompt_plan
 from flashformer.config import ModelConfig
 from flashformer.errors import BuildError
 from flashformer.formats import NAMED, Format
@@ -27,6 +28,7 @@ from flashformer.models import build_graph
 from flashformer.plan import KvType, Plan, make_plan
 from flashformer.shapes import shape
 from flashformer.targets import available, get
+from flashformer.validate import validate
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
 
@@ -162,6 +164,21 @@ def test_several_columns_and_codes(stages: dict[str, Format], target: str, colum
     graph = build_graph(config)
     formats = {w: stages[stage] for w in graph.weights() for part, stage in NAMES.items() if part in w}
     assert_clean(make_plan(config, graph, get(target), formats=formats, kv_type="int8", columns=columns))
+
+
+# A kernel for prompts has tapes that are laid for one column: x of long rows comes for each group of tiles anew.
+@pytest.mark.parametrize(
+    ("target", "weights", "columns"), [("sm_80", "bf16", 8), ("sm_90", "bf16", 16), ("sm_90", "int4", 4), ("sm_120", "bf16", 4)]
+)
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b"])
+def test_kernels_for_prompts(name: str, target: str, weights: str, columns: int) -> None:
+    config = shape(name)
+    formats = RandomWeights(config, format=NAMED[weights]).formats
+    usual = make_plan(config, build_graph(config), get(target), formats=formats, prompt_columns=columns)
+    plan = prompt_plan(usual)
+    validate(plan)
+    assert plan.columns == columns and plan.stages == usual.stages
+    assert_clean(plan)
 
 
 @pytest.mark.parametrize("target", CUDA)
