@@ -239,9 +239,11 @@ def make_plan(
     """
     if columns not in target.columns:
         raise PlanError(f"columns is {columns}; {target.name} has kernels for {', '.join(map(str, target.columns))}")
-    if prompt_columns and (columns > 1 or target.kind == "cpu" or prompt_columns not in target.columns[1:]):
-        several = ", ".join(map(str, target.columns[1:]))
-        raise PlanError(f"prompt_columns is {prompt_columns}; beside a GPU's kernel of one column prompts may have one of {several}")
+    if prompt_columns and (columns > 1 or target.kind == "cpu"):
+        whose = f"one of {columns} columns" if columns > 1 else "that of a CPU"
+        raise PlanError(f"prompt_columns is {prompt_columns}; it is for a GPU's kernel of one column: {whose} feeds prompts itself")
+    if prompt_columns and prompt_columns not in target.columns[1:]:
+        raise PlanError(f"prompt_columns is {prompt_columns}; {target.name} has kernels for {', '.join(map(str, target.columns[1:]))}")
     if slots < 1:
         raise PlanError(f"a plan needs at least one slot, not {slots}")
     if workers is not None:

@@ -51,9 +51,9 @@ class Launcher:
         # Tags must never repeat: before they would wrap, the exchange memory is cleared and counting starts again.
         if (p.epoch + steps + 1) * max(self.plan.config.num_layers + 1, ROUND_TAGS) >= 1 << 32:
             self._clear_exchange()
-        driver, context = self.context.driver, self.context
-        # No version of a vector is there.
-        check(driver.cuMemsetD8Async(p.exchange, ABSENT, 8 * self.source.plain_words, context.stream), "prepare the exchanges")
+        context, absent = self.context, 8 * self.source.plain_words
+        if absent:  # no version of these vectors is there
+            check(context.driver.cuMemsetD8Async(p.exchange, ABSENT, absent, context.stream), "prepare the exchanges")
         p.steps = steps
         p.run = p.run % 0x7FFFFFFF + 1
         context.launch(self.function, target.workers, threads(self.plan), (p,), target.shared_bytes, cooperative=True)
