@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ablation
+import losses
+
 from flashformer.records import commit
 
 HERE = Path(__file__).parent
@@ -67,10 +70,10 @@ def decode(model: str, weights: str, seconds: int, contexts: Sequence[int] = (10
 
 
 def columns(model: str, weights: str, seconds: int, most: int) -> Measurement:
-    """Passes of several columns."""
+    """Passes of several columns; the widest kernel comes last."""
     widths = [n for n in (1, 2, 4, 8, 16) if n <= most]
     options = ("--models", model, "--weights", weights, "--columns", ",".join(map(str, widths)), "--repeats", "3", "--no-check")
-    return Measurement("columns", options, seconds, {"model": model, "weights": weights}, count=len(widths))
+    return Measurement("columns", options, seconds, {"model": model, "weights": weights, "columns": widths[-1]})
 
 
 def prompts(model: str, weights: str, seconds: int, columns: int) -> Measurement:
@@ -78,6 +81,11 @@ def prompts(model: str, weights: str, seconds: int, columns: int) -> Measurement
     options = ("--models", model, "--weights", weights, "--columns", "1", "--prompt-columns", str(columns), "--repeats", "3", "--no-check")
     load = f"prompt, {columns} columns beside it"
     return Measurement("columns", options, seconds, {"model": model, "weights": weights, "columns": 1, "load": load})
+
+
+def techniques(model: str, seconds: int) -> Measurement:
+    """What each technique is worth; one or two may be passed over."""
+    return Measurement("ablation", ("--models", model), seconds, {"model": model}, count=len(ablation.TECHNIQUES) - 2)
 
 
 def measurements() -> Iterator[Measurement]:
@@ -94,9 +102,9 @@ def measurements() -> Iterator[Measurement]:
     yield columns("llama-3.1-8b", "bf16", 70, 16)
     yield columns("llama-3.1-8b", "int4", 60, 16)
     yield Measurement("sampling", (), 30, {"model": "llama-3.2-1b"})
-    yield Measurement("losses", (), 60, count=4)
-    yield Measurement("ablation", ("--models", "llama-3.1-8b"), 100, {"model": "llama-3.1-8b"}, count=5)
-    yield Measurement("cliffs", (), 120, count=10)
+    yield Measurement("losses", (), 60, count=len(losses.MODELS.split(",")))
+    yield techniques("llama-3.1-8b", 100)
+    yield Measurement("cliffs", (), 120)
     for model, seconds in (("llama-3.2-1b", 20), ("llama-3.2-3b", 25), ("llama-3.1-8b", 30)):
         for weights in ("int8", "fp8", "mxfp4", "nf4"):
             yield decode(model, weights, seconds)
@@ -110,7 +118,8 @@ def measurements() -> Iterator[Measurement]:
     yield decode("qwen3-14b", "bf16", 60, CONTEXTS)
     yield decode("qwen3-32b", "bf16", 120, CONTEXTS)
     yield decode("llama-3.1-70b", "int4", 120)
-    yield Measurement("ablation", ("--models", "llama-3.2-1b,qwen3-0.6b"), 100, {"model": "llama-3.2-1b"}, count=5)
+    yield techniques("llama-3.2-1b", 60)
+    yield techniques("qwen3-0.6b", 60)
     yield Measurement("soak", (), 300)
 
 

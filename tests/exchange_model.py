@@ -109,14 +109,19 @@ class ExchangeModel:
         Finishers without a part of the residual meet before and after that.
         """
         for w, owned in enumerate(self.plan.stages[0].count):
-            for meeting in (True, False):
-                if not owned:
-                    self.finisher[w] = [self.event(*self.finisher[w])] * len(self.finisher[w])
-                self.finisher[w] = [self.event(e) for e in self.finisher[w]]
-                for s in writers if meeting else []:
-                    before = len(self.writes[s.writes]) - (s is following) - 2  # which has begun a version
-                    if s.count[w] and before >= 0:
-                        self.cleared[s.writes, before] += [(f"{s.name} {s.layer} of {w}", e) for e in self.finisher[w]]
+            if not owned:
+                self.meet(w)
+            self.finisher[w] = [self.event(e) for e in self.finisher[w]]
+            for s in writers:
+                before = len(self.writes[s.writes]) - (s is following) - 2  # which has begun a version
+                if s.count[w] and before >= 0:
+                    self.cleared[s.writes, before] += [(f"{s.name} {s.layer} of {w}", e) for e in self.finisher[w]]
+            if not owned:
+                self.meet(w)
+
+    def meet(self, w: int) -> None:
+        """All finishers of a worker wait for each other."""
+        self.finisher[w] = [self.event(*self.finisher[w])] * len(self.finisher[w])
 
     def publish(self, s: Stage, w: int, finisher: int, tile: int, name: str, *after: int) -> None:
         """A finisher writes a tile's part of a buffer's newest version."""
@@ -133,7 +138,7 @@ class ExchangeModel:
     def moments(self, s: Stage, w: int, output: str) -> None:
         """The finishers of an owner meet and publish their sum of squares."""
         if s.count[w]:
-            self.finisher[w] = [self.event(*self.finisher[w])] * len(self.finisher[w])
+            self.meet(w)
         if s.count[w] or self.all_publish_moments:
             self.writes[f"{output}.moments"][-1].append((f"{s.name} {s.layer} of {w}", self.event(self.finisher[w][0])))
 

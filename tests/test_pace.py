@@ -26,7 +26,7 @@ def test_few_looks_find_a_token_soon(monkeypatch: pytest.MonkeyPatch, interval: 
             looks += 1
         waits.made()
         if token > 1:
-            assert looks <= most_looks and clock.now - comes <= 2 * SHORTEST
+            assert looks <= most_looks and clock.now - comes <= 1.5 * SHORTEST
         comes += interval
 
 

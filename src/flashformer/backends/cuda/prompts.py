@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...plan import Plan
 from .. import Turn
-from .codegen import Params, generate
+from .codegen import Params, Source
 from .columns import Columns
 from .compile import Kernel
 from .launcher import Launcher
@@ -29,10 +29,9 @@ class PromptKernel(Launcher):
     own kernel does: so what it has fed must never depend on what else there is to do (turns.py, scheduler.py).
     """
 
-    def __init__(self, runner: CudaRunner, kernel: Kernel) -> None:
-        """`kernel` is that of `prompt_plan`. Raises DeviceError where it does not fit."""
-        self.context, self.plan = runner.context, prompt_plan(runner.plan)
-        self.source = generate(self.plan)
+    def __init__(self, runner: CudaRunner, source: Source, kernel: Kernel) -> None:
+        """`source` and `kernel` are those of `prompt_plan`. Raises DeviceError where it does not fit."""
+        self.context, self.plan, self.source = runner.context, prompt_plan(runner.plan), source
         self.function = self.ready(kernel, self.plan)
         self.params = Params.from_buffer_copy(runner.params)
         for name, value in self.claim_exchange().items():

@@ -82,14 +82,15 @@ class CudaRunner(Launcher):
     def __init__(self, plan: Plan, weights: Weights, progress: Progress = no_progress) -> None:
         if plan.columns > 1 and plan.slots > MOST_SEQUENCES:
             raise DeviceError(f"{plan.slots} slots; a kernel of several columns serves at most {MOST_SEQUENCES}")
-        self.columns, self.slots, self.feeds_apart = plan.columns, plan.slots, plan.prompt_columns > 0
+        self.columns, self.slots = plan.columns, plan.slots
         self.plan = plan
         self.stats = RunStats()
         self.info = device_for(plan)
         self.source: Source = generate(plan)
         progress("compiling", 0, 1)
         self.kernel: Kernel = compile_source(self.source.text, plan.target)
-        prompts = compile_source(generate(prompt_plan(plan)).text, plan.target) if plan.prompt_columns else None
+        prompts = generate(prompt_plan(plan)) if plan.prompt_columns else None
+        prompt_kernel = compile_source(prompts.text, plan.target) if prompts else None
         tools = compile_source('#include "code_tools.cuh"\n', plan.target, "cuda-tools")
         progress("compiling", 1, 1)
         self.context = Context(self.info.ordinal)
@@ -97,7 +98,7 @@ class CudaRunner(Launcher):
             with ThreadPoolExecutor(1) as pool:
                 self._load(weights, tools, progress, pool)
             self.many = Columns(self) if self.columns > 1 else None
-            self.prompts = PromptKernel(self, prompts) if prompts else None
+            self.prompts = PromptKernel(self, prompts, prompt_kernel) if prompts and prompt_kernel else None
         except BaseException:
             self.context.close()
             raise
@@ -273,6 +274,11 @@ class CudaRunner(Launcher):
     def run(self, turns: Sequence[Turn]) -> Generator[Made, None, None]:
         """See `Runner.run`."""
         return self.many.run(turns) if self.many else run_turns(self, turns)
+
+    @property
+    def feeds_apart(self) -> bool:
+        """Whether `feed` is another kernel's work, whose bits are its own."""
+        return self.prompts is not None
 
     def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
         """Compute what the KV cache of a slot holds of `tokens` at positions start..., by the kernel of a prompt's tokens but the last."""

@@ -24,7 +24,11 @@ class OneColumn(Protocol):
     """What `run_turns` needs of a runner."""
 
     slots: int
-    feeds_apart: bool  # whether `feed` is another kernel's work, whose bits are its own
+
+    @property
+    def feeds_apart(self) -> bool:
+        """Whether `feed` is another kernel's work, whose bits are its own."""
+        ...
 
     def generate(
         self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
