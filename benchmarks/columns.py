@@ -46,6 +46,7 @@ class Pass(Kept):
     ratio: float  # of the medians: to a pass of the kernel that was measured first in the same process
     host_us: float | None  # processor time of the host for each token, where one sequence makes them
     checked: dict[str, float] | None  # the kernel against the reference; None: not checked
+    sleep_us: float | None = None  # processor time of a bare sleep as long as a pass: what waking once costs this host
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -60,6 +61,7 @@ class Times:
     columns: int
     by_load: dict[str, list[float]]
     host_us: float | None = None
+    sleep_us: float | None = None
     checked: dict[str, float] | None = None
 
 
@@ -94,6 +96,14 @@ def host_us(runner: CudaRunner, context: int) -> float:
     return (time.process_time() - began) / made * 1e6
 
 
+def sleep_us(seconds: float) -> float:
+    """Microseconds of the host's processor for a bare sleep of so long."""
+    began, count = time.process_time(), 2 * LONG
+    for _ in range(count):
+        time.sleep(seconds)
+    return (time.process_time() - began) / count * 1e6
+
+
 def measure(
     model: str, weights: str, columns: int, context: int, repeats: int, checked: bool, prompt_columns: int = 0
 ) -> tuple[Times, str]:
@@ -116,6 +126,7 @@ def measure(
                 found.by_load.setdefault(f"prompt, {prompt_columns} columns beside it", []).append(prompt_ms(runner.prompts, context))
         found.by_load = {load: times[1:] for load, times in found.by_load.items()}  # the first warms up
         found.host_us = host_us(runner, context)
+        found.sleep_us = sleep_us(statistics.median(found.by_load["1 sequences"]) / 1e3)
         return found, runner.info.name
     finally:
         runner.close()
@@ -146,7 +157,7 @@ def records(found: Times, base: float, about: Sequence[object], where: dict[str,
         Pass(
             model, weights, found.columns, context, load, repeats,  # type: ignore[arg-type]
             {"min": min(ms), "median": statistics.median(ms), "max": max(ms)}, statistics.median(ms) / base,
-            found.host_us if load == "1 sequences" else None, found.checked, **where,
+            found.host_us if load == "1 sequences" else None, found.checked, found.sleep_us if load == "1 sequences" else None, **where,
         )
         for load, ms in found.by_load.items()
     ]  # fmt: skip
@@ -175,7 +186,7 @@ def main() -> None:
                     kept = records(found, base, (model, weights, options.context, options.repeats), whence(gpu, options.commit))
                     save(kept, results_file(options.results, gpu, "columns"))
                     for r in kept:
-                        host = f", {r.host_us:.1f} us of the host a token" if r.host_us is not None else ""
+                        host = f", {r.host_us:.1f} us of the host a token, {r.sleep_us:.1f} a sleep" if r.host_us is not None else ""
                         name = f"{model} {weights}, {r.columns or 'not our'} columns, {r.load}"
                         print(f"{name:60} {r.ms['median']:8.4f} ms a pass, {r.ratio:.3f}x{host}", flush=True)
     except FlashFormerError as error:

@@ -180,7 +180,7 @@ def check_prompt_kernel(folder: Path, context: int, columns: int) -> None:
     def answers(engine: flashformer.Engine, ids: list[int]) -> list[tuple[int, float]]:
         return [(r.token, r.logprob or 0.0) for r in engine.generate(ids, params)]
 
-    with flashformer.load(folder, "cuda", context) as engine:
+    with flashformer.load(folder, "cuda", context, prompt_columns=0) as engine:
         ids = sample_tokens(engine.config, 21, seed=3)
         slow = answers(engine, ids)
     with flashformer.load(folder, "cuda", context, slots=2, prompt_columns=columns) as engine:

@@ -170,7 +170,7 @@ def test_sampling(tmp_path: Path, device: Device) -> None:
 def test_slots_and_turns(tmp_path: Path, device: Device) -> None:
     folder = write_folder(tmp_path, make_config(**SMALL))
     params = SamplingParams(max_tokens=QUANTUM + 1, ignore_eos=True, temperature=0.9, seed=1, repetition_penalty=1.2)
-    with flashformer.load(folder, "cuda", CONTEXT, slots=3) as engine:
+    with flashformer.load(folder, "cuda", CONTEXT, slots=3, prompt_columns=0) as engine:
         prompts = [[5, 6, 7], [5, 8]]
         alone = [[r.token for r in engine.generate(prompt, params)] for prompt in prompts]
         made: list[list[int]] = [[] for _ in prompts]

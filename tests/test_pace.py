@@ -8,54 +8,83 @@ import numpy as np
 import pytest
 
 from flashformer.backends.cuda import pace
-from flashformer.backends.cuda.pace import LONGEST, SHORTEST, SLACK, Pace
+from flashformer.backends.cuda.pace import LONGEST, SHORTEST, SLACK, TOGETHER, Pace
 
 
-@pytest.mark.parametrize(("interval", "most_looks"), [(100e-6, 5), (3.6e-3, 6), (30e-3, 20)])
-def test_few_looks_find_a_token_soon(monkeypatch: pytest.MonkeyPatch, interval: float, most_looks: int) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(pace.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
-    waits, comes = Pace(), interval
-    for token in range(10):
-        looks = 0
-        while clock.now < comes:
-            before = clock.now
-            waits.wait()
-            assert SHORTEST * 0.99 <= clock.now - before <= LONGEST * 1.01
-            looks += 1
-        waits.made()
-        if token > 1:
-            assert looks <= most_looks and clock.now - comes <= 1.5 * SHORTEST
-        comes += interval
+class Played:
+    """A launch after the other on a clock of its own, whose sleeps take longer than they are asked to. `late`: of each token, seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, longer: float = 0.0) -> None:
+        self.now, self.longer, self.looks, self.late = 0.0, longer, 0, list[float]()
+        self.pace = Pace()
+        monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: self.now, sleep=self.sleep))
+
+    def sleep(self, seconds: float) -> None:
+        assert SHORTEST * 0.99 <= seconds <= LONGEST * 1.01
+        self.now += seconds + self.longer
+
+    def launch(self, comes: list[float], passes: int = 1) -> None:
+        """Tokens that come so many seconds after the launch."""
+        self.pace.begin(passes)
+        began, made = self.now, 0
+        while made < len(comes):
+            while self.now < began + comes[made]:
+                self.pace.wait()
+                self.looks += 1
+            there = sum(began + at <= self.now for at in comes[made:])
+            self.late += [self.now - began - at for at in comes[made : made + there]]
+            made += there
+            self.pace.made(there, len(comes) - made)
+
+
+@pytest.mark.parametrize(("interval", "most_looks"), [(100e-6, 1), (3.6e-3, 6), (30e-3, 20)])
+def test_few_looks_find_tokens_soon(monkeypatch: pytest.MonkeyPatch, interval: float, most_looks: int) -> None:
+    played = Played(monkeypatch)
+    played.launch([interval * (i + 1) for i in range(3)])
+    played.looks, played.late = 0, []
+    played.launch([interval * (i + 1) for i in range(40)])
+    assert played.looks <= most_looks * 40
+    assert max(played.late) <= max(TOGETHER if interval < TOGETHER else 0, 1.5 * SHORTEST)
+    assert played.late[0] <= 1.5 * SHORTEST and played.late[-1] <= 1.5 * SHORTEST  # nothing follows that it could be waited for with
 
 
 @pytest.mark.parametrize("interval", [300e-6, 1.1e-3, 3.4e-3])
 def test_one_look_finds_most_tokens(monkeypatch: pytest.MonkeyPatch, interval: float) -> None:
-    """Where sleeps take longer than they are asked to, and tokens come a little irregularly."""
-    clock, random = SimpleNamespace(now=0.0), np.random.default_rng(0)
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(pace.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds + 60e-6))
-    waits, comes, looks, late = Pace(), 0.0, 0, []
-    for token in range(300):
-        comes += interval + random.exponential(5e-6)
-        while clock.now < comes:
-            waits.wait()
-            looks += token >= 100
-        waits.made()
-        late.append(clock.now - comes)
-    assert looks <= 1.3 * 200 and np.mean(late[100:]) < 100e-6
+    """Where sleeps take 60 us longer than they are asked to, and tokens come a little irregularly."""
+    played, random = Played(monkeypatch, 60e-6), np.random.default_rng(0)
+    comes = [list(np.cumsum(interval + random.exponential(5e-6, 100))) for _ in range(3)]
+    for launch in comes[:2]:
+        played.launch(launch)
+    played.looks, played.late = 0, []
+    played.launch(comes[2])
+    together = max(int(TOGETHER / interval), 1)
+    assert played.looks <= 1.35 * 100 / together and np.mean(played.late) < 200e-6 + interval * (together - 1) / 2
+
+
+def test_a_prompt_is_waited_for_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played(monkeypatch, 60e-6)
+    played.launch([4e-3 * 16], passes=16)  # of which nothing was known
+    played.looks, played.late = 0, []
+    played.launch([4e-3 * 16], passes=16)
+    assert played.looks <= 16 and played.late[0] < 200e-6
+
+
+def test_who_takes_long_over_tokens_does_not_mistake_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played(monkeypatch)
+    played.launch([1e-3 * (i + 1) for i in range(20)])
+    played.pace.begin(1)
+    played.now += 5  # with the first tokens
+    played.pace.made(20, 0)
+    played.late = []
+    played.launch([1e-3 * (i + 1) for i in range(20)])
+    assert max(played.late) < TOGETHER
 
 
 def test_nobody_asks_for_more_than_tokens_while_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock.now)
-    waits = Pace()
-    assert waits.overdue  # nothing is known yet
-    for _ in range(3):
-        clock.now += 3e-3
-        waits.made()
-    clock.now += 3.1e-3
-    assert not waits.overdue
-    clock.now += 1.5e-3 + SLACK
-    assert waits.overdue
+    played = Played(monkeypatch)
+    played.launch([3e-3, 6e-3, 9e-3])
+    played.pace.begin(1)
+    played.now += 3.1e-3
+    assert not played.pace.overdue
+    played.now += 1.5e-3 + SLACK
+    assert played.pace.overdue

@@ -77,7 +77,7 @@ def main() -> None:
 @options.speculate
 def generate(
     model: str, prompt: str, max_tokens: int, stop: tuple[str, ...], chat: bool | None, stats: bool, device: str, max_context: int | None,
-    weights: str, kv: KvType, columns: int | None, prompt_columns: int, speculate: str, **sampling: Any,
+    weights: str, kv: KvType, columns: int | None, prompt_columns: int | None, speculate: str, **sampling: Any,
 ) -> None:  # fmt: skip
     """Print a model's answer to a prompt as it is made. Without further options each token is the most likely one."""
     from .engine import load
@@ -124,7 +124,7 @@ def generate(
 @options.speculate
 def chat(
     model: str, system: str | None, max_tokens: int, device: str, max_context: int | None, weights: str, kv: KvType,
-    columns: int | None, prompt_columns: int, speculate: str, **sampling: Any,
+    columns: int | None, prompt_columns: int | None, speculate: str, **sampling: Any,
 ) -> None:  # fmt: skip
     """Talk with a model in the terminal; lines may also come from a pipe.
 

@@ -22,7 +22,8 @@ columns = click.option(
     help="Token positions of a pass, at most: prompts are read so many at a time. Default: 16 on a CPU; 1 on a GPU, the fastest answer.",
 )
 prompt_columns = click.option(
-    "--prompt-columns", type=int, default=0, help="On a GPU: tokens of a prompt that a pass feeds, by a second kernel. Default: none.",
+    "--prompt-columns", type=int,
+    help="On a GPU: tokens of a prompt that a pass feeds, by a second kernel; 0: no such kernel. Default: 16 on Hopper, else 0.",
 )  # fmt: skip
 speculate = click.option(
     "--speculate", default="none", show_default=True,

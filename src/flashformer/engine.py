@@ -282,7 +282,7 @@ class Engine:
 def load(
     model: str | os.PathLike[str], device: str = "auto", max_context: int | None = None, progress: Progress | None = None,
     weights: str = "native", kv: KvType = "native", slots: int = 1, columns: int | None = None,
-    draft: str | os.PathLike[str] | None = None, prompt_columns: int = 0,
+    draft: str | os.PathLike[str] | None = None, prompt_columns: int | None = None,
 ) -> Engine:  # fmt: skip
     """Load a model and make it ready to run.
 
@@ -295,7 +295,8 @@ def load(
     at a time, each with a KV cache of its own. columns: token positions that a pass carries at most (default: 16 on a CPU; on a GPU 1,
     which is the fastest for one text, or with a draft as many as there are kernels for). draft: speculate, without changing a token:
     "lookup" guesses that texts repeat themselves, else a smaller model with the same vocabulary guesses. prompt_columns: tokens of a prompt
-    that a pass feeds, by a second kernel beside the usual one of a GPU (default: 0, none: one token a pass).
+    that a pass feeds, by a second kernel beside a GPU's of one column (default: as many as there are kernels for on Hopper, where this is
+    measured; else 0, none: one token a pass).
 
     Raises CheckpointError, ConfigError, PlanError, BuildError or DeviceError, each a FlashFormerError.
     """
@@ -324,6 +325,8 @@ def load(
             max_context = default_context(checkpoint.config, graph, where, formats, kv, slots)
         if columns is None:
             columns = where.target.usual_columns if draft is None else max(where.target.columns)
+        if prompt_columns is None:
+            prompt_columns = where.target.usual_prompt_columns if columns == 1 else 0
         if draft is not None and columns == 1:
             raise InputError("speculation verifies drafts in the columns of a pass, and a kernel of one column has no room for any")
         plan = make_plan(

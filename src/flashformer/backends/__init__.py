@@ -131,6 +131,15 @@ class Runner(Protocol):
         Raises DeviceError where logits are not finite or no token is allowed, naming the position."""
         ...
 
+    @property
+    def feeds_apart(self) -> bool:
+        """Whether all of a prompt but its last token is another kernel's work, whose bits are its own."""
+        ...
+
+    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
+        """Compute what the KV cache of a slot holds of `tokens` at positions start..., as `run` does for those of a prompt."""
+        ...
+
     def scores(self, index: int) -> Scores:
         """Log probabilities of the token that the present or last `generate` yielded as number `index`, if its sampling asked for them."""
         ...

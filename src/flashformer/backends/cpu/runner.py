@@ -30,6 +30,8 @@ ALL = 0xFFFFFFFF  # more tokens than any launch makes
 class CpuRunner:
     """Implements `Runner` (backends/__init__.py) on the cores of this machine."""
 
+    feeds_apart = False
+
     def __init__(self, plan: Plan, checkpoint: Checkpoint, progress: Progress = no_progress) -> None:
         """See `load`."""
         self.plan = plan
@@ -76,6 +78,11 @@ class CpuRunner:
     ) -> Generator[int, None, None]:
         """See `Runner.generate`."""
         return generate_alone(self, self.plan, Turn(0, tokens, start, count, stop, sampling))
+
+    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
+        """See `Runner.feed`."""
+        for _ in self._run([Turn(slot, tokens, start, 1)]):
+            pass  # what follows is known
 
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`."""

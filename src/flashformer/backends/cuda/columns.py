@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import DeviceError
-from ...geometry import round_up
+from ...geometry import ceil_div, round_up
 from .. import Made, Turn
 from ..sampling import NOTHING, REPORT_WORDS, Flag, Scores, await_report, token_error
 from ..sequence import check_turns
 from .codegen import SequenceStruct
-from .pace import Pace
 
 if TYPE_CHECKING:
     from .launcher import Launcher
@@ -75,7 +74,8 @@ class Columns:
             return
         self.launch([turns[number] for number in numbers], logits)
         parts, context, run = self.parts, self.runner.context, self.runner.params.run
-        marker, running, pace = context.event(), True, Pace()
+        marker, running, pace = context.event(), True, self.runner.pace
+        pace.begin(min(ceil_div(len(part.turn.tokens), self.runner.columns) for part in parts))
         try:
             while running:
                 ending = not any(part.open for part in parts)
@@ -89,8 +89,8 @@ class Columns:
                     while (token := part.next_token(run)) is not None:
                         yield part.take(number, token, time.perf_counter() - began)
                     passes = max(passes, part.seen - seen)
-                for _ in range(passes):
-                    pace.made()
+                if passes:
+                    pace.made(passes, max(part.turn.count - part.seen for part in parts))
                 if running and not passes:
                     pace.wait(soon=ending)
         finally:

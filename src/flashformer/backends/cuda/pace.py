@@ -10,41 +10,54 @@ SLACK = 2e-3  # that a token may be late
 SOONER, LATER = 3e-6, 12e-6  # by which the first look for a token moves where the last one has found one, and where it has not
 MOST_EARLY = 100e-6  # before a token is expected: a sleep takes some 60 us longer than it is asked to
 SHARE = 8  # of how many tokens' time the mean is taken
+TOGETHER = 2e-3  # tokens that come within so long are looked for at once: nobody sees them come one by one
 
 
 class Pace:
-    """Sleeps between looks until about when the next token comes, so that one look finds most tokens, soon after they have come.
+    """Sleeps between looks until about when the next tokens come, so that one look finds them, soon after they have come.
 
     Each look wakes the host, which is most of what a token costs it. How long before a token is expected the host must wake is learnt: a
-    little more where the first look has found one, less where it has not.
+    little more where the first look has found one, less where it has not. What is known of one launch serves the next.
     """
 
     def __init__(self) -> None:
-        self._last: float | None = None
-        self._interval = 0.0
+        self._interval = 0.0  # from token to token; 0: not known
+        self._since = self._due = 0.0  # the latest tokens, or the launch; when the next ones are expected
+        self._ahead = 0  # passes of the launch before that which makes its first token; 0: it has been found
         self._early = 0.0
-        self._looks = 0  # since the last token
-        self._misses = 0  # of these, after it was expected
+        self._looks = 0  # since the latest tokens
+        self._misses = 0  # of these, after they were expected
+
+    def begin(self, passes: int) -> None:
+        """A launch begins that makes its first token, or one for each of some sequences, in so many passes."""
+        self._ahead = passes - 1
+        self._expect(passes)
+
+    def made(self, count: int, left: int) -> None:
+        """`count` tokens have been found at once, or so many for each of some sequences; at most `left` more will follow."""
+        if self._looks:  # NOTE: else they may have waited for the host, and tell nothing
+            seconds = (time.perf_counter() - self._since) / (self._ahead + count)
+            self._interval += (seconds - self._interval) / (SHARE if self._interval else 1)
+            self._early = max(self._early - LATER, -SHORTEST) if self._misses else min(self._early + SOONER, MOST_EARLY)
+        self._ahead = 0
+        self._expect(max(1, min(left, int(TOGETHER / self._interval))) if self._interval else 1)
 
     @property
     def overdue(self) -> bool:
         """Whether it is time to ask if anything is still on its way, which costs more than a look."""
-        return self._last is None or time.perf_counter() > self._last + 1.5 * self._interval + SLACK
-
-    def made(self) -> None:
-        """A token has been found, or one for each of some sequences."""
-        now = time.perf_counter()
-        if self._last is not None:
-            self._interval += (now - self._last - self._interval) / (SHARE if self._interval else 1)
-        if self._looks:
-            self._early = max(self._early - LATER, -SHORTEST) if self._misses else min(self._early + SOONER, MOST_EARLY)
-        self._last, self._looks, self._misses = now, 0, 0
+        return time.perf_counter() > self._due + 0.5 * self._interval + SLACK
 
     def wait(self, soon: bool = False) -> None:
         """Before the next look. soon: it is not for a token."""
         left = 0.0
-        if self._last is not None and not soon:
-            left = self._last + self._interval - self._early - time.perf_counter()
+        if not soon:
+            left = self._due - self._early - time.perf_counter()
             self._misses += left <= 0 and self._looks > 0
         self._looks += 1
         time.sleep(min(max(left, SHORTEST), LONGEST))
+
+    def _expect(self, passes: int) -> None:
+        """The next tokens after so many passes from now on."""
+        self._since = time.perf_counter()
+        self._due = self._since + passes * self._interval
+        self._looks = self._misses = 0

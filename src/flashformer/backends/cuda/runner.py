@@ -30,7 +30,6 @@ from .columns import MAX_STOP, MOST_SEQUENCES, Columns
 from .compile import Kernel, compile_source
 from .driver import Context, DeviceInfo, check, probe
 from .launcher import Launcher
-from .pace import Pace
 from .pack import KINDS, THREADS, Packer, Weights, gather_vectors, pack_words
 from .prompts import PromptKernel, prompt_plan
 from .turns import run_turns
@@ -88,17 +87,18 @@ class CudaRunner(Launcher):
         self.info = device_for(plan)
         self.source: Source = generate(plan)
         progress("compiling", 0, 1)
-        self.kernel: Kernel = compile_source(self.source.text, plan.target)
         prompts = generate(prompt_plan(plan)) if plan.prompt_columns else None
-        prompt_kernel = compile_source(prompts.text, plan.target) if prompts else None
-        tools = compile_source('#include "code_tools.cuh"\n', plan.target, "cuda-tools")
+        with ThreadPoolExecutor() as pool:  # the compiler runs in as many threads as there are sources
+            prompt_kernel = pool.submit(compile_source, prompts.text, plan.target) if prompts else None
+            tools = pool.submit(compile_source, '#include "code_tools.cuh"\n', plan.target, "cuda-tools")
+            self.kernel: Kernel = compile_source(self.source.text, plan.target)
         progress("compiling", 1, 1)
         self.context = Context(self.info.ordinal)
         try:
             with ThreadPoolExecutor(1) as pool:
-                self._load(weights, tools, progress, pool)
+                self._load(weights, tools.result(), progress, pool)
             self.many = Columns(self) if self.columns > 1 else None
-            self.prompts = PromptKernel(self, prompts, prompt_kernel) if prompts and prompt_kernel else None
+            self.prompts = PromptKernel(self, prompts, prompt_kernel.result()) if prompts and prompt_kernel else None
         except BaseException:
             self.context.close()
             raise
@@ -242,22 +242,23 @@ class CudaRunner(Launcher):
         began = time.perf_counter()
         self.launch(tokens, start, count, stop, sampling)
         marker = self.context.event()
-        run, made, first, last, pace = self.params.run, 0, began, began, Pace()
+        run, made, first, last, pace = self.params.run, 0, began, began, self.pace
+        pace.begin(len(tokens))
         try:
             while made < count:
-                word = int(self.tokens[made])
-                if word >> 32 != run:
-                    if pace.overdue and self.context.done(marker) and int(self.tokens[made]) >> 32 != run:
+                there = self._made(made, count, run)
+                if not there:
+                    if pace.overdue and self.context.done(marker) and not self._made(made, count, run):
                         break
                     pace.wait()
                     continue
-                pace.made()
+                pace.made(len(there), count - made - len(there))
                 last = time.perf_counter()
                 first = last if made == 0 else first
-                made += 1
-                token = checked_token(word & 0xFFFFFFFF, start + len(tokens) + made - 1)
-                yield token
-                if token in stop:
+                for token in there:
+                    made += 1
+                    yield checked_token(token, start + len(tokens) + made - 1)
+                if there[-1] in stop:
                     break
         finally:
             if made < count:
@@ -271,17 +272,25 @@ class CudaRunner(Launcher):
                 self.plan.bytes_of(context, max(made - 1, 0)),
             )  # fmt: skip
 
+    def _made(self, first: int, count: int, run: int) -> list[int]:
+        """Tokens of this run that are there, from number `first` on."""
+        found: list[int] = []
+        while first < count and (word := int(self.tokens[first])) >> 32 == run:
+            found.append(word & 0xFFFFFFFF)
+            first += 1
+        return found
+
     def run(self, turns: Sequence[Turn]) -> Generator[Made, None, None]:
         """See `Runner.run`."""
         return self.many.run(turns) if self.many else run_turns(self, turns)
 
     @property
     def feeds_apart(self) -> bool:
-        """Whether `feed` is another kernel's work, whose bits are its own."""
+        """See `Runner.feeds_apart`."""
         return self.prompts is not None
 
     def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
-        """Compute what the KV cache of a slot holds of `tokens` at positions start..., by the kernel of a prompt's tokens but the last."""
+        """See `Runner.feed`."""
         if self.prompts:
             return self.prompts.feed(tokens, start, slot)
         with self.in_slot(slot):
