@@ -75,7 +75,7 @@ class Columns:
         self.launch([turns[number] for number in numbers], logits)
         parts, context, run = self.parts, self.runner.context, self.runner.params.run
         marker, running, pace = context.event(), True, self.runner.pace
-        pace.begin(min(ceil_div(len(part.turn.tokens), self.runner.columns) for part in parts))
+        pace.begin(min(ceil_div(len(part.turn.tokens), self.runner.plan.columns) for part in parts))
         try:
             while running:
                 ending = not any(part.open for part in parts)
