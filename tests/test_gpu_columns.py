@@ -103,7 +103,7 @@ def test_codes(name: str, columns: int) -> None:
 
 def test_more_sequences_than_columns_take_turns(tmp_path: Path) -> None:
     with opened(tmp_path, SHAPE) as checkpoint, running(checkpoint, 2) as runner:
-        check_taking_turns(runner, 40, ahead=12)
+        check_taking_turns(runner, 40, in_order=False)
 
 
 def test_turns_end_one_by_one(tmp_path: Path) -> None:

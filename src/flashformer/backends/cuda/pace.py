@@ -10,7 +10,7 @@ SLACK = 2e-3  # that a token may be late
 SOONER, LATER = 3e-6, 12e-6  # by which the first look for a token moves where the last one has found one, and where it has not
 MOST_EARLY = 100e-6  # before a token is expected: a sleep takes some 60 us longer than it is asked to
 SHARE = 8  # of how many tokens' time the mean is taken
-TOGETHER = 2e-3  # tokens that come within so long are looked for at once: nobody sees them come one by one
+TOGETHER = 4e-3  # tokens that come within so long are looked for at once: a quarter of what a screen takes to show them
 
 
 class Pace:
