@@ -146,8 +146,8 @@ TECHNIQUES = (
         patches=(("stream.cuh", "if (kMost == 0 || ", "if (true || "),), same_tokens=False,
     ),
     Technique("least piece of the KV cache", "8 blocks", lambda t: {"kv_min_blocks": 8}, same_tokens=False),
-    Technique("three finishers", "2", lambda t: {"finisher_warps": 2}),
-    Technique("three finishers", "4", lambda t: {"finisher_warps": 4}),
+    Technique("finishers", "2", lambda t: {"finisher_warps": 2}),
+    Technique("finishers", "4 where there are 3, 3 where there are 4", lambda t: {"finisher_warps": 7 - t.finisher_warps}),
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ COLUMN_HEADS = 8  # query heads that one matrix instruction serves
 KvType = Literal["native", "int8", "fp8"]
 KV_TYPES: tuple[KvType, ...] = get_args(KvType)
 LEAST_SCALE = 2.0**-60  # of a key or value in the cache: one of zeros has it, and its logarithm is finite
+FEW_COLUMNS = 2  # of a pass, whose kernels leave registers for another warp
 COPY_UNIT = 16  # bytes that a GPU copies into shared memory at once
 
 
@@ -261,6 +262,8 @@ def make_plan(
     chosen = choose_formats(specs, target, formats)
     share = choose_share(specs, target, chosen, columns)
     stages = tuple(_assign(spec, format, target, share, columns, owners, load) for spec, format in zip(specs, chosen, strict=True))
+    if columns <= FEW_COLUMNS and 0 < target.many_groups <= plain_groups(stages):
+        target = replace(target, finisher_warps=target.finisher_warps + 1)
     buffers: dict[str, Buffer] = {}
     for spec in specs:
         if spec.writes and spec.writes not in buffers:
@@ -276,6 +279,12 @@ def make_plan(
     tied = (s.geometry.format for s in stages if s.linear and s.geometry and s.linear.blocks[0].weight == embedding)
     table = PLAIN if target.plain_table else next(tied, target.fit(formats.get(embedding, PLAIN)) or PLAIN)
     return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, table, weights, columns, slots, prompt_columns)
+
+
+def plain_groups(stages: Sequence[Stage]) -> int:
+    """Groups of tiles of 16-bit values that a worker has in a layer, at most: each is handed to a finisher."""
+    plain = [(s.geometry, max(s.count)) for s in stages if s.layer == 0 and s.geometry and s.geometry.format == PLAIN]
+    return sum(ceil_div(tiles, geometry.warps_rows) for geometry, tiles in plain)
 
 
 def retarget(plan: Plan, **numbers: Any) -> Plan:

@@ -41,6 +41,7 @@ class Target:
     # GPU only: shared memory, roles and pacing.
     shared_bytes: int = 0  # that one thread block may use
     finisher_warps: int = 3  # 8 consumers, 3 finishers and the producer: 168 registers each
+    many_groups: int = 0  # of tiles of 16-bit values, in a layer: one finisher more is worth it, but for many columns; 0: it never is
     bulk_copy: bool = False  # cp.async.bulk and mbarrier transactions (sm_90 on); else cp.async
     # Bytes in flight per SM by the landed chunks that wait: (fewer than this many, bytes), the last for any number.
     window: tuple[tuple[int, int], ...] = ()

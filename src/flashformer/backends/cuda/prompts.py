@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...plan import Plan
+from ...targets import get
 from .. import Turn
 from .codegen import Params, Source
 from .columns import Columns
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 
 def prompt_plan(plan: Plan) -> Plan:
-    """The plan of the kernel for prompts beside that of `plan`: the same tapes."""
-    return replace(plan, columns=plan.prompt_columns, prompt_columns=0)
+    """The plan of the kernel for prompts beside that of `plan`: the same tapes, as many finishers as are usual."""
+    target = replace(plan.target, finisher_warps=get(plan.target.name).finisher_warps)
+    return replace(plan, target=target, columns=plan.prompt_columns, prompt_columns=0)
 
 
 class PromptKernel(Launcher):
