@@ -15,7 +15,7 @@ from flashformer.fuse import fuse
 from flashformer.geometry import PADDING, ceil_div, choose_geometry
 from flashformer.graph import Graph, GraphBuilder, Operator, Weight
 from flashformer.models import build_graph
-from flashformer.plan import Plan, balance, make_kv_layout, make_plan, prefix, spread
+from flashformer.plan import EVEN, Plan, balance, make_kv_layout, make_plan, prefix, spread
 from flashformer.shapes import SHAPES, shape
 from flashformer.targets import available, get
 
@@ -228,7 +228,7 @@ def test_columns_are_cut_with_little_padding(columns: int) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_real_models_waste_less_than_a_percent(name: str, target: str) -> None:
     plan = planned(shape(name), target=target)
-    assert plan.weight_bytes() <= plan.tape_bytes() <= plan.weight_bytes() * (1 + PADDING)
+    assert plan.weight_bytes() <= plan.tape_bytes() <= plan.weight_bytes() * 1.01
 
 
 def test_a_tile_of_a_single_core_is_read_in_one_piece() -> None:
@@ -251,14 +251,26 @@ def test_spread_is_even(tiles: int, workers: int) -> None:
     assert prefix(count) == tuple(sum(count[:w]) for w in range(workers))
 
 
-@given(st.integers(0, 500), st.lists(st.integers(0, 50), min_size=1, max_size=30), st.data())
-def test_balance_gives_the_rest_to_those_with_the_least(tiles: int, load: list[int], data: st.DataObject) -> None:
+@given(st.integers(0, 500), st.lists(st.integers(0, 500), min_size=1, max_size=30), st.integers(1, 40), st.integers(0, 5), st.data())
+def test_balance_gives_tiles_to_those_with_the_least(tiles: int, load: list[int], nbytes: int, more: int, data: st.DataObject) -> None:
     among = data.draw(st.lists(st.sampled_from(range(len(load))), min_size=1, unique=True))
-    count = balance(tiles, among, load)
-    mine = [count[w] for w in among]
-    assert sum(mine) == sum(count) == tiles and max(mine) - min(mine) <= 1
-    more = {load[w] for w in among if count[w] > min(mine)}
-    assert not more or max(more) <= min((load[w] for w in among if count[w] == min(mine)), default=max(more))
+    count = balance(tiles, among, load, nbytes, more)
+    most, least = ceil_div(tiles, len(among)) + more, min(tiles // len(among), 1)
+    assert sum(count[w] for w in among) == sum(count) == tiles
+    assert all(least <= count[w] <= most for w in among)
+    # The last tile of each was nobody else's who had room for it and less to read.
+    last = [load[w] + (count[w] - 1) * nbytes for w in among if count[w] > least]
+    assert max(last, default=0) <= min((load[w] + count[w] * nbytes for w in among if count[w] < most), default=max(last, default=0))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "even"), [({"hidden_size": 3200}, 0.99), ({"hidden_size": 2560, "ffn_size": 9728}, EVEN), ({"ffn_size": 9600}, 0.99)]
+)
+def test_rows_that_do_not_divide_by_the_workers_leave_loads_even(sizes: dict[str, int], even: float) -> None:
+    plan = planned(replace(shape("llama-3.2-3b"), **sizes))  # type: ignore[arg-type]
+    load = [sum(s.count[w] * s.geometry.tile_bytes for s in plan.stages if s.geometry) for w in range(plan.target.workers)]
+    assert sum(load) / len(load) >= even * max(load)
+    assert plan.tape_bytes() <= plan.weight_bytes() * (1 + PADDING)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "qwen3-14b"])

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from .config import ModelConfig
 from .errors import PlanError
 from .formats import PLAIN, Format, join
@@ -26,6 +28,10 @@ COLUMN_HEADS = 8  # query heads that one matrix instruction serves
 KvType = Literal["native", "int8", "fp8"]
 KV_TYPES: tuple[KvType, ...] = get_args(KvType)
 LEAST_SCALE = 2.0**-60  # of a key or value in the cache: one of zeros has it, and its logarithm is finite
+# Of its share, that a worker may have more of a stage to make good for what it has less of others: the first that leaves loads even enough.
+# NOTE: not more than it takes. 8B in bf16 is even without; with 0.08 a token takes 1.2 % longer, Qwen2.5-1.5B (0.90 without) 1.2 % less.
+UNEVEN = (0.0, 0.08, 0.15)
+EVEN = 0.97  # the mean load by the largest
 FEW_COLUMNS = 2  # of a pass, whose kernels leave registers for another warp
 COPY_UNIT = 16  # bytes that a GPU copies into shared memory at once
 
@@ -169,11 +175,29 @@ def spread(tiles: int, workers: int) -> list[int]:
     return [(w + 1) * tiles // workers - w * tiles // workers for w in range(workers)]
 
 
-def balance(tiles: int, workers: Sequence[int], load: Sequence[int]) -> list[int]:
-    """As `spread`, but only over some workers, and the tiles left over go to those with the fewest bytes so far."""
+def balance(tiles: int, workers: Sequence[int], load: Sequence[int], nbytes: int, more: int = 0) -> list[int]:
+    """`tiles` of so many bytes over some workers, so that these come out with bytes as even as can be.
+
+    Each gets at most `more` tiles beyond an even share, and one at least where there are enough. load: bytes that a worker has so far.
+    """
+    most, least = ceil_div(tiles, len(workers)) + more, min(tiles // len(workers), 1)
+    loads = np.array([load[w] for w in workers])
+
+    def up_to(level: int) -> np.ndarray:  # as many tiles as let a worker's bytes come to this
+        return np.clip((level - loads) // nbytes, least, most)
+
+    low, high = 0, int(loads.max()) + (most + 1) * nbytes
+    while high - low > 1:  # all have room at the upper level
+        middle = (low + high) // 2
+        low, high = (middle, high) if up_to(middle).sum() <= tiles else (low, middle)
+    given = up_to(low)
+    # What is left goes to those who come to the next level first.
+    room = np.flatnonzero(given < most)
+    order = room[np.argsort((loads + given * nbytes)[room], kind="stable")]
+    given[order[: tiles - int(given.sum())]] += 1
     count = [0] * len(load)
-    for place, w in enumerate(sorted(workers, key=lambda w: (load[w], w))):
-        count[w] = tiles // len(workers) + (place < tiles % len(workers))
+    for w, tiles_of in zip(workers, given.tolist(), strict=True):
+        count[w] = tiles_of
     return count
 
 
@@ -256,12 +280,16 @@ def make_plan(
         raise PlanError(f"max_context is {context}; this model supports 1 to {config.max_positions} positions")
     kv = make_kv_layout(config, context, kv_type)
     specs = fuse(graph, kv.head_pad)
-    load = [0] * target.workers
     owners = [w for w, tiles in enumerate(spread(ceil_div(config.hidden_size, target.tile_rows), target.workers)) if tiles]
     formats = formats or {}
     chosen = choose_formats(specs, target, formats)
     share = choose_share(specs, target, chosen, columns)
-    stages = tuple(_assign(spec, format, target, share, columns, owners, load) for spec, format in zip(specs, chosen, strict=True))
+    for uneven in UNEVEN if target.kind == "cuda" else UNEVEN[:1]:
+        load = [0] * target.workers
+        each = zip(specs, chosen, strict=True)
+        stages = tuple(_assign(spec, format, target, share, columns, owners, load, uneven) for spec, format in each)
+        if sum(load) >= EVEN * max(load) * len(load):
+            break
     if columns <= FEW_COLUMNS and 0 < target.many_groups <= plain_groups(stages):
         target = replace(target, finisher_warps=target.finisher_warps + 1)
     buffers: dict[str, Buffer] = {}
@@ -293,9 +321,12 @@ def retarget(plan: Plan, **numbers: Any) -> Plan:
 
 
 def _assign(
-    spec: StageSpec, format: Format, target: Target, share: float, columns: int, owners: list[int], load: list[int]
+    spec: StageSpec, format: Format, target: Target, share: float, columns: int, owners: list[int], load: list[int], uneven: float
 ) -> Stage:  # fmt: skip
-    """Give the tiles of one stage to the workers; `owners` are those of the residual, `load` collects each worker's bytes."""
+    """Give the tiles of one stage to the workers.
+
+    `owners` are those of the residual, `load` collects each worker's bytes. uneven: see UNEVEN.
+    """
     stage = Stage(
         spec.name, spec.kind, spec.layer, spec.reads, spec.writes,
         linear=spec.linear, publish_gamma=spec.publish_gamma, head_norms=spec.head_norms,
@@ -316,7 +347,10 @@ def _assign(
         count = spread(tiles, target.workers)
     else:
         # NOTE: nobody waits for a tile of padding. A worker that had nothing else might read its input when that is overwritten already.
-        count = balance(tiles, owners if spec.linear.has_empty_tiles(target.tile_rows) else range(target.workers), load)
+        among = owners if spec.linear.has_empty_tiles(target.tile_rows) else range(target.workers)
+        # NOTE: the head has to make good for a layer alone: what comes out uneven in all of them is waited for in each.
+        more = int(tiles / len(among) * uneven) if spec.layer >= 0 else 0
+        count = balance(tiles, among, load, geometry.tile_bytes, more)
     groups = ceil_div(max(count), geometry.warps_rows)
     geometry = replace(geometry, together=choose_batch(target, geometry, columns, groups))
     nbytes = {c: geometry.bytes_of(c) for c in set(count)}
