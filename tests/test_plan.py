@@ -241,6 +241,14 @@ def test_a_matrix_can_be_too_wide() -> None:
         choose_geometry(CUDA, 32769)
 
 
+@pytest.mark.parametrize("target", available())
+def test_what_is_usual_is_there(target: str) -> None:
+    numbers = get(target)
+    assert numbers.usual_columns in numbers.columns and numbers.usual_prompt_columns in (0, *numbers.columns[1:])
+    config = shape("llama-3.2-1b")
+    assert make_plan(config, build_graph(config), numbers, prompt_columns=0 if numbers.kind == "cpu" else numbers.usual_prompt_columns)
+
+
 # --- owners ----------------------------------------------------------------------------------------------------------------
 
 

@@ -11,5 +11,6 @@ TARGET = replace(
     description="NVIDIA Blackwell (B200)",
     workers=148,
     bandwidth_gb_s=7500.0,
+    usual_prompt_columns=0,
     prefetch_cycles=620,
 )
