@@ -10,7 +10,8 @@ SLACK = 2e-3  # that a token may be late
 SOONER, LATER = 3e-6, 12e-6  # by which the first look for a token moves where the last one has found one, and where it has not
 MOST_EARLY = 100e-6  # before a token is expected: a sleep takes some 60 us longer than it is asked to
 SHARE = 8  # of how many tokens' time the mean is taken
-TOGETHER = 4e-3  # tokens that come within so long are looked for at once: a quarter of what a screen takes to show them
+TOGETHER = 4e-3  # tokens that come within so long are looked for at once: a quarter of what a screen takes to show them,
+GROWTH = 4  # but no more than this part of those that a launch has made: it may end with each
 
 
 class Pace:
@@ -24,13 +25,14 @@ class Pace:
         self._interval = 0.0  # from token to token; 0: not known
         self._since = self._due = 0.0  # the latest tokens, or the launch; when the next ones are expected
         self._ahead = 0  # passes of the launch before that which makes its first token; 0: it has been found
+        self._found = 0  # tokens of the launch, of each sequence
         self._early = 0.0
         self._looks = 0  # since the latest tokens
         self._misses = 0  # of these, after they were expected
 
     def begin(self, passes: int) -> None:
         """A launch begins that makes its first token, or one for each of some sequences, in so many passes."""
-        self._ahead = passes - 1
+        self._ahead, self._found = passes - 1, 0
         self._expect(passes)
 
     def made(self, count: int, left: int) -> None:
@@ -40,7 +42,9 @@ class Pace:
             self._interval += (seconds - self._interval) / (SHARE if self._interval else 1)
             self._early = max(self._early - LATER, -SHORTEST) if self._misses else min(self._early + SOONER, MOST_EARLY)
         self._ahead = 0
-        self._expect(max(1, min(left, int(TOGETHER / self._interval))) if self._interval else 1)
+        self._found += count
+        together = min(left, 1 + self._found // GROWTH, int(TOGETHER / self._interval)) if self._interval else 1
+        self._expect(max(1, together))
 
     @property
     def overdue(self) -> bool:
