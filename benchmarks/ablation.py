@@ -22,7 +22,8 @@ from variants import build
 
 from flashformer.backends.cuda import CudaRunner, RandomWeights, load
 from flashformer.backends.cuda.compile import Kernel
-from flashformer.backends.cuda.runner import chunk_table, owners
+from flashformer.backends.cuda.launcher import chunk_table
+from flashformer.backends.cuda.runner import owners
 from flashformer.bench import plan_for_gpu
 from flashformer.errors import DeviceError, FlashFormerError
 from flashformer.plan import Plan, Stage, prefix, retarget, spread

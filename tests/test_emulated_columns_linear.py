@@ -12,7 +12,8 @@ import pytest
 
 from emulated_gpu import Device, emulated_gpu
 from flashformer.backends.cuda import load as load_runner
-from flashformer.check import compare, sample_tokens
+from flashformer.backends.cuda.prompts import prompt_plan
+from flashformer.check import check_runner, compare, sample_tokens
 from flashformer.checkpoint import Checkpoint, open_checkpoint
 from flashformer.formats import Format, choose
 from flashformer.geometry import Geometry
@@ -92,6 +93,21 @@ def test_plain_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert case.warps_rows in (None, geometry(plan, "qkv").warps_rows)
     assert case.parts in (None, geometry(plan, "down").parts)
     assert case.together == geometry(plan, "down").together
+
+
+def test_a_kernel_for_prompts_reads_the_same_tapes_in_its_own_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = emulated_gpu(monkeypatch, "sm_90", 3)
+    device.target = replace(device.target, panel_bytes=64 << 10, plain_panel_bytes=0)
+    write_folder(tmp_path, make_config("Qwen2ForCausalLM", hidden_size=160, intermediate_size=18 * 256))
+    with open_checkpoint(tmp_path) as checkpoint:
+        graph = build_graph(checkpoint.config)
+        plan = make_plan(checkpoint.config, graph, device.target, 64, prompt_columns=16)
+        assert (geometry(plan, "down").together, geometry(prompt_plan(plan), "down").together) == (1, 4)
+        runner = load_runner(plan, checkpoint)
+        try:
+            assert_near(check_runner(runner, Reference(graph, checkpoint), sample_tokens(checkpoint.config, LENGTH, seed=1)), 2e-2)
+        finally:
+            runner.close()
 
 
 # For five formats each: columns, architecture, bytes of the panel, type of the other weights, whether the widest stage reads in batches.

@@ -24,7 +24,7 @@ import table
 import variants
 
 from flashformer.backends.cuda.codegen import generate, headers
-from flashformer.backends.cuda.runner import chunk_table
+from flashformer.backends.cuda.launcher import chunk_table
 from flashformer.errors import DeviceError
 from flashformer.explain import predict
 from flashformer.models import build_graph

@@ -17,7 +17,7 @@ from flashformer.geometry import Geometry
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
 from flashformer.shapes import shape
-from flashformer.tape import Tape, chunk_sizes, lay_tapes, tile_offsets
+from flashformer.tape import Tape, chunk_sizes, lay_tapes, reordered, tile_offsets
 from flashformer.targets import get
 from flashformer.validate_tape import validate_tape
 
@@ -132,6 +132,23 @@ def test_groups_whose_x_does_not_stay_are_read_in_batches(format: Format, panel:
     tape = lay_tapes(plan)
     check(plan, tape)
     validate_tape(plan, tape)
+
+
+@pytest.mark.parametrize(("workers", "columns"), [(2, (1, 8)), (7, (1, 8)), (7, (16, 8)), (3, (8, 1)), (60, (1, 16))])
+def test_a_tape_can_be_read_in_other_batches(workers: int, columns: tuple[int, int]) -> None:
+    config = planned(1, "cpu", hidden_size=320, ffn_size=18 * 256).config
+    target, graph = replace(get("sm_90"), panel_bytes=64 << 10, plain_panel_bytes=0), build_graph(config)
+    plan, other = (make_plan(config, graph, target, workers=workers, columns=n) for n in columns)
+    own, tape = lay_tapes(other), lay_tapes(plan)
+    read = reordered(tape, plan, other)
+    assert (read.nbytes, read.starts.tolist(), read.size.tolist()) == (tape.nbytes, own.starts.tolist(), own.size.tolist())
+    assert np.array_equal(np.sort(read.offset, axis=0), np.sort(tape.offset, axis=0))  # each chunk once
+    for index, stage in enumerate(plan.stages):
+        if stage.geometry:  # a tile's parts are where the other order puts them, in the same memory
+            assert np.array_equal(tile_offsets(other, read, index), tile_offsets(plan, tape, index))
+    assert (read.offset.tolist() == tape.offset.tolist()) == all(
+        a.geometry.together == b.geometry.together for a, b in zip(plan.stages, other.stages, strict=True) if a.geometry and b.geometry
+    )
 
 
 @settings(max_examples=30)

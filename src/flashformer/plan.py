@@ -309,6 +309,11 @@ def make_plan(
     return Plan(config, target, context, tuple(buffers.values()), stages, kv, embedding, table, weights, columns, slots, prompt_columns)
 
 
+def in_batches(geometry: Geometry, target: Target, columns: int, count: Sequence[int]) -> Geometry:
+    """How a stage of which workers have so many tiles is read by a kernel of so many columns."""
+    return replace(geometry, together=choose_batch(target, geometry, columns, ceil_div(max(count), geometry.warps_rows)))
+
+
 def plain_groups(stages: Sequence[Stage]) -> int:
     """Groups of tiles of 16-bit values that a worker has in a layer, at most: each is handed to a finisher."""
     plain = [(s.geometry, max(s.count)) for s in stages if s.layer == 0 and s.geometry and s.geometry.format == PLAIN]
@@ -351,8 +356,7 @@ def _assign(
         # NOTE: the head has to make good for a layer alone: what comes out uneven in all of them is waited for in each.
         more = int(tiles / len(among) * uneven) if spec.layer >= 0 else 0
         count = balance(tiles, among, load, geometry.tile_bytes, more)
-    groups = ceil_div(max(count), geometry.warps_rows)
-    geometry = replace(geometry, together=choose_batch(target, geometry, columns, groups))
+    geometry = in_batches(geometry, target, columns, count)
     nbytes = {c: geometry.bytes_of(c) for c in set(count)}
     for w, c in enumerate(count):
         load[w] += nbytes[c]

@@ -8,7 +8,7 @@ the KV cache, whose length only the device knows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -56,8 +56,14 @@ def chunk_sizes(g: Geometry, tiles: int) -> np.ndarray:
     sizes[:] = [g.chunk_bytes(g.chunk_tiles, part) for part in range(g.parts)]
     if tiles % g.chunk_tiles:
         sizes[-1] = [g.chunk_bytes(tiles % g.chunk_tiles, part) for part in range(g.parts)]
-    batches = (sizes[first : first + g.together].T for first in range(0, len(sizes), g.together))
-    return np.concatenate([np.empty(0, np.int32), *(batch.reshape(-1) for batch in batches)])
+    return sizes.reshape(-1)[chunk_order(g, tiles)]
+
+
+def chunk_order(g: Geometry, tiles: int) -> np.ndarray:
+    """The chunks of a linear stage as one worker reads them, each as (number of its groups) * parts + part, int64 [groups * parts]."""
+    numbers = np.arange(ceil_div(tiles, g.chunk_tiles) * g.parts).reshape(-1, g.parts)
+    batches = (numbers[first : first + g.together].T.reshape(-1) for first in range(0, len(numbers), g.together))
+    return np.concatenate([np.empty(0, np.int64), *batches])
 
 
 def lay_tapes(plan: Plan) -> Tape:
@@ -92,6 +98,24 @@ def lay_tapes(plan: Plan) -> Tape:
     offset = (row_ends - ends[:, -1])[:, None] + (ends - units)
     nbytes = int(row_ends[-1]) * unit
     return Tape(offset, size, starts, nbytes, unit) if cuda else Tape(offset.T, size.T, starts, nbytes, unit)
+
+
+def reordered(tape: Tape, plan: Plan, other: Plan) -> Tape:
+    """The tape of `plan` as a plan reads it that differs in the batches of its stages alone: the same memory in another order."""
+    offset, size = tape.offset.copy(), tape.size.copy()
+    for index, (stage, read) in enumerate(zip(plan.stages, other.stages, strict=True)):
+        if stage.geometry is None or read.geometry is None or stage.geometry == read.geometry:
+            continue
+        count = np.array(stage.count)
+        for tiles in set(stage.count):
+            workers = np.flatnonzero(count == tiles)
+            place = np.argsort(chunk_order(stage.geometry, tiles))  # of each chunk on the tape
+            rows = place[chunk_order(read.geometry, tiles)][:, None]
+            first = tape.first_chunk(index)[workers]
+            to = first + np.arange(len(rows))[:, None]
+            offset[to, workers] = tape.offset[first + rows, workers]
+            size[to, workers] = tape.size[first + rows, workers]
+    return replace(tape, offset=offset, size=size)
 
 
 def block_rows(stage: Stage, number: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...errors import DeviceError
 from ...plan import Plan
+from ...tape import Tape
 from .. import Turn
 from .codegen import ROUND_TAGS, Params, Source, threads
 from .compile import Kernel
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
     from .columns import Columns
 
 ABSENT = 0xFF  # bytes of kAbsent (exchange.cuh)
+
+
+def chunk_table(plan: Plan, tape: Tape) -> np.ndarray:
+    """The producers' table of chunks, uint32 [workers, chunks, 2]: `table` of `PARAMETERS`."""
+    entries = np.zeros((plan.target.workers, tape.offset.shape[0], 2), np.uint32)
+    entries[:, :, 0] = tape.offset.T
+    entries[:, :, 1] = tape.size.T
+    for index, stage in enumerate(plan.stages):
+        if stage.kind == "attention":
+            entries[np.arange(plan.target.workers), tape.first_chunk(index), 0] = stage.layer
+    return entries
 
 
 class Launcher:

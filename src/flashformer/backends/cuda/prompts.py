@@ -6,38 +6,45 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...plan import Plan
+from ...plan import Plan, in_batches
+from ...tape import Tape, reordered
 from ...targets import get
 from .. import Turn
 from .codegen import Params, Source
 from .columns import Columns
 from .compile import Kernel
-from .launcher import Launcher
+from .launcher import Launcher, chunk_table
 
 if TYPE_CHECKING:
     from .runner import CudaRunner
 
 
 def prompt_plan(plan: Plan) -> Plan:
-    """The plan of the kernel for prompts beside that of `plan`: the same tapes, as many finishers as are usual."""
+    """The plan of the kernel for prompts beside that of `plan`: the same chunks, in its own batches; as many finishers as are usual."""
     target = replace(plan.target, finisher_warps=get(plan.target.name).finisher_warps)
-    return replace(plan, target=target, columns=plan.prompt_columns, prompt_columns=0)
+    stages = tuple(
+        replace(s, geometry=in_batches(s.geometry, target, plan.prompt_columns, s.count)) if s.geometry else s for s in plan.stages
+    )
+    return replace(plan, target=target, stages=stages, columns=plan.prompt_columns, prompt_columns=0)
 
 
 class PromptKernel(Launcher):
     """Feeds tokens, `plan.prompt_columns` a pass, on the weights and the KV cache of a runner.
 
-    Its plan differs in the number of columns alone, so that both kernels read the same tapes. It sums in another order than the runner's
+    Both kernels read the same tapes, each in an order of its own. It sums in another order than the runner's
     own kernel does: so what it has fed must never depend on what else there is to do (turns.py, scheduler.py).
     """
 
-    def __init__(self, runner: CudaRunner, source: Source, kernel: Kernel) -> None:
-        """`source` and `kernel` are those of `prompt_plan`. Raises DeviceError where it does not fit."""
+    def __init__(self, runner: CudaRunner, tape: Tape, source: Source, kernel: Kernel) -> None:
+        """`tape` is the runner's, `source` and `kernel` are those of `prompt_plan`. Raises DeviceError where it does not fit."""
         self.context, self.plan, self.source = runner.context, prompt_plan(runner.plan), source
         self.function = self.ready(kernel, self.plan)
         self.params = Params.from_buffer_copy(runner.params)
         for name, value in self.claim_exchange().items():
             setattr(self.params, name, value)
+        if self.plan.stages != runner.plan.stages:
+            entries = chunk_table(self.plan, reordered(tape, runner.plan, self.plan))
+            self.params.table = self.context.upload(entries, "chunk table")
         self.columns = self.plan.columns
         self.many: Columns = Columns(self)
 

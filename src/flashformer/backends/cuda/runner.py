@@ -29,7 +29,7 @@ from .codegen import TILE_BITS, Params, Source, generate, threads
 from .columns import MAX_STOP, MOST_SEQUENCES, Columns
 from .compile import Kernel, compile_source
 from .driver import Context, DeviceInfo, check, probe
-from .launcher import Launcher
+from .launcher import Launcher, chunk_table
 from .pack import KINDS, THREADS, Packer, Weights, gather_vectors, pack_words
 from .prompts import PromptKernel, prompt_plan
 from .turns import run_turns
@@ -50,17 +50,6 @@ def device_for(plan: Plan) -> DeviceInfo:
             f"the plan needs {plan.target.shared_bytes} bytes of shared memory a block; {info.name} gives {info.shared_bytes}"
         )
     return info
-
-
-def chunk_table(plan: Plan, tape: Tape) -> np.ndarray:
-    """The producers' table of chunks, uint32 [workers, chunks, 2]: `table` of `PARAMETERS`."""
-    entries = np.zeros((plan.target.workers, tape.offset.shape[0], 2), np.uint32)
-    entries[:, :, 0] = tape.offset.T
-    entries[:, :, 1] = tape.size.T
-    for index, stage in enumerate(plan.stages):
-        if stage.kind == "attention":
-            entries[np.arange(plan.target.workers), tape.first_chunk(index), 0] = stage.layer
-    return entries
 
 
 def owners(context: Context, plan: Plan, tape: Tape, entries: np.ndarray) -> dict[str, int]:
@@ -96,15 +85,15 @@ class CudaRunner(Launcher):
         self.context = Context(self.info.ordinal)
         try:
             with ThreadPoolExecutor(1) as pool:
-                self._load(weights, tools.result(), progress, pool)
+                tape = self._load(weights, tools.result(), progress, pool)
             self.many = Columns(self) if self.columns > 1 else None
-            self.prompts = PromptKernel(self, prompts, prompt_kernel.result()) if prompts and prompt_kernel else None
+            self.prompts = PromptKernel(self, tape, prompts, prompt_kernel.result()) if prompts and prompt_kernel else None
         except BaseException:
             self.context.close()
             raise
 
-    def _load(self, weights: Weights, tools: Kernel, progress: Progress, pool: Executor) -> None:
-        """Claim memory, pack the weights, and make ready to launch."""
+    def _load(self, weights: Weights, tools: Kernel, progress: Progress, pool: Executor) -> Tape:
+        """Claim memory, pack the weights, and make ready to launch; where the weights are."""
         plan, context = self.plan, self.context
         tape: Tape = lay_tapes(plan)
         embedding_bytes = plan.embedding_bytes() + 2  # the kernels convert two values at a time
@@ -157,6 +146,7 @@ class CudaRunner(Launcher):
             kv_blocks=plan.kv.blocks,
         )
         context.wait()
+        return tape
 
     @contextmanager
     def instead(self, function: Any, plan: Plan) -> Iterator[None]:
