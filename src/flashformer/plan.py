@@ -181,23 +181,12 @@ def balance(tiles: int, workers: Sequence[int], load: Sequence[int], nbytes: int
     Each gets at most `more` tiles beyond an even share, and one at least where there are enough. load: bytes that a worker has so far.
     """
     most, least = ceil_div(tiles, len(workers)) + more, min(tiles // len(workers), 1)
-    loads = np.array([load[w] for w in workers])
-
-    def up_to(level: int) -> np.ndarray:  # as many tiles as let a worker's bytes come to this
-        return np.clip((level - loads) // nbytes, least, most)
-
-    low, high = 0, int(loads.max()) + (most + 1) * nbytes
-    while high - low > 1:  # all have room at the upper level
-        middle = (low + high) // 2
-        low, high = (middle, high) if up_to(middle).sum() <= tiles else (low, middle)
-    given = up_to(low)
-    # What is left goes to those who come to the next level first.
-    room = np.flatnonzero(given < most)
-    order = room[np.argsort((loads + given * nbytes)[room], kind="stable")]
-    given[order[: tiles - int(given.sum())]] += 1
+    # What each has before its next tile, and the one after that ...: the lowest of all these take one.
+    before = np.array([load[w] for w in workers])[:, None] + np.arange(least, most) * nbytes
+    takers = np.argsort(before, axis=None, kind="stable")[: tiles - least * len(workers)] // max(most - least, 1)
     count = [0] * len(load)
-    for w, tiles_of in zip(workers, given.tolist(), strict=True):
-        count[w] = tiles_of
+    for w, taken in zip(workers, np.bincount(takers, minlength=len(workers)).tolist(), strict=True):
+        count[w] = least + taken
     return count
 
 

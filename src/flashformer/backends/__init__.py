@@ -133,11 +133,7 @@ class Runner(Protocol):
 
     @property
     def feeds_apart(self) -> bool:
-        """Whether all of a prompt but its last token is another kernel's work, whose bits are its own."""
-        ...
-
-    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
-        """Compute what the KV cache of a slot holds of `tokens` at positions start..., as `run` does for those of a prompt."""
+        """Whether `run` leaves all of a prompt but its last token to another kernel, whose bits are its own."""
         ...
 
     def scores(self, index: int) -> Scores:

@@ -79,11 +79,6 @@ class CpuRunner:
         """See `Runner.generate`."""
         return generate_alone(self, self.plan, Turn(0, tokens, start, count, stop, sampling))
 
-    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
-        """See `Runner.feed`."""
-        for _ in self._run([Turn(slot, tokens, start, 1)]):
-            pass  # what follows is known
-
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`."""
         return self._parts[0].scores(index)

@@ -35,17 +35,17 @@ class PromptKernel(Launcher):
     own kernel does: so what it has fed must never depend on what else there is to do (turns.py, scheduler.py).
     """
 
-    def __init__(self, runner: CudaRunner, tape: Tape, source: Source, kernel: Kernel) -> None:
-        """`tape` is the runner's, `source` and `kernel` are those of `prompt_plan`. Raises DeviceError where it does not fit."""
-        self.context, self.plan, self.source = runner.context, prompt_plan(runner.plan), source
-        self.function = self.ready(kernel, self.plan)
+    def __init__(self, runner: CudaRunner, plan: Plan, tape: Tape, source: Source, kernel: Kernel) -> None:
+        """`plan` is a `prompt_plan`, `source` and `kernel` are its; `tape` is the runner's. Raises DeviceError where it does not fit."""
+        self.context, self.plan, self.source = runner.context, plan, source
+        self.function = self.ready(kernel, plan)
         self.params = Params.from_buffer_copy(runner.params)
         for name, value in self.claim_exchange().items():
             setattr(self.params, name, value)
-        if self.plan.stages != runner.plan.stages:
-            entries = chunk_table(self.plan, reordered(tape, runner.plan, self.plan))
+        if plan.stages != runner.plan.stages:
+            entries = chunk_table(plan, reordered(tape, runner.plan, plan))
             self.params.table = self.context.upload(entries, "chunk table")
-        self.columns = self.plan.columns
+        self.columns = plan.columns
         self.many: Columns = Columns(self)
 
     def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:

@@ -76,9 +76,10 @@ class CudaRunner(Launcher):
         self.info = device_for(plan)
         self.source: Source = generate(plan)
         progress("compiling", 0, 1)
-        prompts = generate(prompt_plan(plan)) if plan.prompt_columns else None
+        prompts = prompt_plan(plan) if plan.prompt_columns else None
+        prompt_source = generate(prompts) if prompts else None
         with ThreadPoolExecutor() as pool:  # the compiler runs in as many threads as there are sources
-            prompt_kernel = pool.submit(compile_source, prompts.text, plan.target) if prompts else None
+            prompt_kernel = pool.submit(compile_source, prompt_source.text, plan.target) if prompt_source else None
             tools = pool.submit(compile_source, '#include "code_tools.cuh"\n', plan.target, "cuda-tools")
             self.kernel: Kernel = compile_source(self.source.text, plan.target)
         progress("compiling", 1, 1)
@@ -87,7 +88,9 @@ class CudaRunner(Launcher):
             with ThreadPoolExecutor(1) as pool:
                 tape = self._load(weights, tools.result(), progress, pool)
             self.many = Columns(self) if self.columns > 1 else None
-            self.prompts = PromptKernel(self, tape, prompts, prompt_kernel.result()) if prompts and prompt_kernel else None
+            self.prompts: PromptKernel | None = None
+            if prompts and prompt_source and prompt_kernel:
+                self.prompts = PromptKernel(self, prompts, tape, prompt_source, prompt_kernel.result())
         except BaseException:
             self.context.close()
             raise
@@ -280,7 +283,7 @@ class CudaRunner(Launcher):
         return self.prompts is not None
 
     def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
-        """See `Runner.feed`."""
+        """See `OneColumn.feed`."""
         if self.prompts:
             return self.prompts.feed(tokens, start, slot)
         with self.in_slot(slot):

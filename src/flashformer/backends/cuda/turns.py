@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,33 +12,16 @@ from typing import Protocol
 import numpy as np
 
 from ...errors import DeviceError, ScoreError
-from .. import GREEDY, Made, Turn
-from ..sampling import Sampling, Scores
+from .. import Made, Runner, Turn
+from ..sampling import Sampling
 from ..sequence import check_slots
 
 QUANTUM = 16  # tokens that a turn makes while others wait
 PIECE = 256  # tokens of a prompt that one launch is fed: what a cancelled turn may have to compute again
 
 
-class OneColumn(Protocol):
+class OneColumn(Runner, Protocol):
     """What `run_turns` needs of a runner."""
-
-    slots: int
-
-    @property
-    def feeds_apart(self) -> bool:
-        """Whether `feed` is another kernel's work, whose bits are its own."""
-        ...
-
-    def generate(
-        self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
-    ) -> Generator[int, None, None]:
-        """See `Runner.generate`."""
-        ...
-
-    def scores(self, index: int) -> Scores:
-        """See `Runner.scores`."""
-        ...
 
     def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
         """Compute what the KV cache of a slot holds of `tokens` at positions start..."""
