@@ -112,13 +112,14 @@ def test_a_kernel_for_prompts_reads_the_same_tapes_in_its_own_batches(tmp_path: 
 
 # For five formats each: columns, architecture, bytes of the panel, type of the other weights, whether the widest stage reads in batches.
 MODELS = [
-    (16, "sm_90", 0, "bfloat16", False), (4, "sm_80", 48 << 10, "float16", True), (8, "sm_90", 80 << 10, "bfloat16", False),
+    (16, "sm_90", 0, "bfloat16", True), (4, "sm_80", 48 << 10, "float16", True), (8, "sm_90", 80 << 10, "bfloat16", False),
     (2, "sm_90", 132 << 10, "float16", False), (8, "sm_80", 80 << 10, "bfloat16", True),
 ]  # fmt: skip
 HELD = [(2, "sm_90", 132 << 10, "bfloat16", False), (4, "sm_90", 132 << 10, "bfloat16", False)]  # where integers meet all of x
+WIDE = (16, "sm_90", 132 << 10, "bfloat16", True)  # two pairs of groups at a time
 
 
-@pytest.mark.parametrize("model", [None, *HELD], ids=["in turn", "two", "four"])
+@pytest.mark.parametrize("model", [None, *HELD, WIDE], ids=["in turn", "two", "four", "sixteen"])
 @pytest.mark.parametrize("number", range(len(MODELS)), ids=lambda i: ", ".join(list(FORMS)[i * len(STAGES) : (i + 1) * len(STAGES)]))
 def test_codes(number: int, model: tuple[int, str, int, str, bool] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage in another format."""
@@ -129,9 +130,11 @@ def test_codes(number: int, model: tuple[int, str, int, str, bool] | None, tmp_p
     device = emulated_gpu(monkeypatch, arch)
     device.target = replace(device.target, panel_bytes=panel_bytes, plain_panel_bytes=0)
     sizes = {"hidden_size": 256, "head_dim": 32, "intermediate_size": 2304, "vocab_size": 291, "tie_word_embeddings": True}
+    if model == WIDE:
+        sizes["intermediate_size"] *= 2
     write_folder(tmp_path, make_config(num_hidden_layers=1, torch_dtype=dtype, **sizes), dtype=dtype)
     with open_checkpoint(tmp_path) as plain:
         checkpoint = QuantizedCheckpoint(plain, forms_of(plain, others["q_proj"], others))
         plan = check(device, checkpoint, columns, choose(checkpoint, build_graph(plain.config).weights()))
-    assert batches == (geometry(plan, "down").together > 1)
+    assert batches == (geometry(plan, "down").together > 1) and (geometry(plan, "down").together == 4) == (model == WIDE)
     assert [geometry(plan, stage).format.name for stage in STAGES] == [expected for _, expected in chosen.values()]

@@ -19,6 +19,8 @@ LARGE_SHARE = 3 / 2  # where chunks fill the slots better by at least FILLS_BETT
 FILLS_BETTER = 0.1
 LEAST_SLOTS = 8
 MORE_CHUNKS = 1.25  # than if all were as large as they can be; each has its cost
+WIDE = 16  # columns that are rows of matrix instructions
+PART_BUFFERS, SLICE_BUFFERS = 3, 4  # steps of x of several columns that are there or on their way: of parts of a tile, of slices of codes
 MOST_BATCH = 8  # groups of tiles that are read part by part
 MOST_SUMS = 16  # of a batch, that a lane keeps
 SCALE_ROOM = 1 / 8  # of a chunk: so much larger it may be where weights have scales
@@ -135,6 +137,10 @@ def choose_geometry(target: Target, columns: int, format: Format = PLAIN, share:
 def choose_batch(target: Target, g: Geometry, columns: int, groups: int) -> int:
     """`together` of a stage of a kernel of so many columns, of which a worker has at most so many groups."""
     x_bytes, room = columns * 2 * target.warps * g.fragment_columns, target.panel_room(g.format)  # of a fragment of all warps
+    if columns == WIDE and g.format != PLAIN and target.kind == "cuda":  # pairs, and two of them where all of a part's x stays for both
+        part = g.part_sizes()[0]
+        two = part <= SLICE_BUFFERS and part * x_bytes <= room < g.fragments * x_bytes
+        return 1 if g.parts == 1 else max(1, min(groups, 4 if two else 2))
     if columns == 1 or g.fragments * x_bytes <= room or 2 * g.part_sizes()[0] * x_bytes > room:
         return 1
     return max(1, min(groups, MOST_SUMS // ceil_div(columns, 4), MOST_BATCH))

@@ -119,6 +119,7 @@ inline u32 __shfl_xor_sync(u32, u32 v, u32 mask) {
   const auto& all = all_lanes({v});
   return all[lane ^ mask][0];
 }
+inline u32 __shfl_sync(u32, u32 v, u32 from) { return all_lanes({v})[from][0]; }
 inline u32 largest_of_lanes(u32 v) {
   for (const auto& other : all_lanes({v})) v = max(v, other[0]);
   return v;

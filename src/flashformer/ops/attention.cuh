@@ -342,29 +342,36 @@ struct HeadPiece {
       }
       c.sync();
       const u32 heads = queries - h0 < L::kMergeHeads ? queries - h0 : L::kMergeHeads;
+      // NOTE: two dims a lane, since weighing the warps takes longer than adding their values.
 #pragma unroll 1
-      for (u32 e = c.warp * 32 + c.lane; e < heads * M::kHeadPad; e += kConsumers * 32) {
+      for (u32 e = (c.warp * 32 + c.lane) * 2; e < heads * M::kHeadPad; e += kConsumers * 64) {
         const u32 h = e / M::kHeadPad, dim = e % M::kHeadPad, query = h0 + h;
         const float own = load_shared_float(c.shared + L::kNewScore + query * 4);
         float most = newest ? own : kNever;
 #pragma unroll
         for (int w = 0; w < kConsumers; w++)
           if (w < warps) most = fmaxf(most, load_shared_float(softmax + (w * 8 + query) * 8));
-        float sum = newest ? exp2_approx(own - most) : 0;
-        float y = newest ? sum * load_shared_float(c.shared + L::kNewValue + dim * 4) : 0;
+        float sum = newest ? exp2_approx(own - most) : 0, y[2] = {0, 0};
+        if (newest) add_two(y, sum, c.shared + L::kNewValue + dim * 4);
 #pragma unroll
         for (int w = 0; w < kConsumers; w++)
           if (w < warps) {
             const float share = exp2_approx(load_shared_float(softmax + (w * 8 + query) * 8) - most);
             sum += share * load_shared_float(softmax + (w * 8 + query) * 8 + 4);
-            y += share * load_shared_float(merge + ((w * L::kMergeHeads + h) * L::kMergeStride + dim) * 4);
+            add_two(y, share, merge + ((w * L::kMergeHeads + h) * L::kMergeStride + dim) * 4);
           }
-        store_word(piece + query * M::kHeadPad + dim, __float_as_uint(y), tag);
+        store_words(piece + query * M::kHeadPad + dim, __float_as_uint(y[0]), __float_as_uint(y[1]), tag);
         if (dim == 0) store_words(piece + 8 * M::kHeadPad + query * 2, __float_as_uint(most), __float_as_uint(sum), tag);
       }
     }
   }
 
+  // y += share x two floats of shared memory.
+  static FF_DEVICE void add_two(float (&y)[2], float share, u32 at) {
+    const uint2 v = load_shared2(at);
+    y[0] += share * __uint_as_float(v.x);
+    y[1] += share * __uint_as_float(v.y);
+  }
   static FF_DEVICE u32 value_warp(u32 queries) { return queries < kConsumers ? queries : kConsumers - 1; }
 };
 

@@ -15,14 +15,29 @@ struct ProductOf<M, S, true> {
   using Type = IntegerProduct<M, S>;
 };
 
+// Where a group of tiles is in the chunk of a part.
+template <class S>
+struct GroupChunk {
+  u32 tiles, warp;    // tiles of the chunk, the group's first warp among those of them
+  bool begins, ends;  // whether the chunk begins, or ends, with this group
+
+  FF_DEVICE GroupChunk(u32 of_tiles, u32 of_groups, u32 group) {
+    constexpr u32 kChunkTiles = S::kStack * S::kWarpsRows;
+    const u32 at = group % S::kStack, left = of_tiles - group / S::kStack * kChunkTiles;
+    tiles = left < kChunkTiles ? left : kChunkTiles;
+    warp = at * kConsumers;
+    begins = at == 0;
+    ends = at + 1 == S::kStack || group + 1 == of_groups;
+  }
+};
+
 // Slices of a part of a group of tiles, as soon as its chunk has landed: the first ones of the part, or the last, or both.
 template <class S, bool kFirst = true, bool kLast = true, class C, class Part>
 FF_DEVICE void load_part(C& c, Part& to, u32 tiles, u32 groups, u32 group) {
-  constexpr u32 kChunkTiles = S::kStack * S::kWarpsRows;
-  const u32 at = group % S::kStack, left = tiles - group / S::kStack * kChunkTiles;
-  if (kFirst && at == 0) c.acquire();
-  to.load(c.chunk_address(), left < kChunkTiles ? left : kChunkTiles, at * kConsumers + c.warp, c.lane);
-  if (kLast && (at + 1 == S::kStack || group + 1 == groups)) c.release();
+  const GroupChunk<S> chunk(tiles, groups, group);
+  if (kFirst && chunk.begins) c.acquire();
+  to.load(c.chunk_address(), chunk.tiles, chunk.warp + c.warp, c.lane);
+  if (kLast && chunk.ends) c.release();
 }
 
 // All groups of tiles of a block, handed over a few at a time.

@@ -8,7 +8,7 @@
 #include "panel.cuh"
 #include "sample_columns.cuh"
 
-// One lane's part of the product of a tile of plain values with all columns: row g, columns t + 4 j.
+// One lane's part of the product of a tile of plain values with all columns: row g, columns t + 4 j; of 16 columns see panel.cuh.
 template <class M, class S>
 struct PlainColumns {
   static constexpr int kGroups = M::kColumnGroups;
@@ -29,6 +29,7 @@ struct PlainColumns {
   template <int size, bool kLast, class Place>
   FF_DEVICE void add(const Part<size, kLast>& part, const Panel<M, S>& panel, Place place) {
     const u32 x = place(0, size) + panel.own();
+    if constexpr (M::kWide) return add_wide(part, x);
     with_groups<kGroups, 2>(panel.columns, [&](auto first, auto n) {
       constexpr int kChains = n.value > 1 ? 1 : size < 4 ? size : 4;  // of instructions that wait for each other
       float d[n.value][kChains][4] = {};
@@ -52,6 +53,21 @@ struct PlainColumns {
   FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>&, const Panel<M, S>&) const {
 #pragma unroll
     for (int j = 0; j < kGroups; j++) sums[j] = total[j];
+  }
+
+ private:
+  template <int size, bool kLast>
+  FF_DEVICE void add_wide(const Part<size, kLast>& part, u32 x) {
+    float odd[kGroups] = {};  // of odd steps: two chains of instructions that wait for each other
+#pragma unroll
+    for (int i = 0; i < size; i++) {
+      const uint4& w = part.value[i];
+      const u32 cell = x + i * Panel<M, S>::kCellBytes;
+      mma<typename M::Value>(total, load_shared4(cell), w.x, w.z);
+      mma<typename M::Value>(odd, load_shared4(cell + Panel<M, S>::kCellBytes / 2), w.y, w.w);
+    }
+#pragma unroll
+    for (int j = 0; j < kGroups; j++) total[j] += odd[j];
   }
 };
 
@@ -83,12 +99,12 @@ struct LinearColumns {
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
     await_x<M, S>(c, c.tag(step, layer));
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
-    Panel<M, S> panel(c, (groups + S::kTogether - 1) / S::kTogether, step, layer);
+    Panel<M, S> panel(c, (groups + kBatch - 1) / kBatch, step, layer);
     if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
     Sums::prepare(panel);
 #pragma unroll 1
-    for (Batch batch{tiles, groups, 0}; batch.first < groups; batch.first += S::kTogether) {
-      Sums sums[S::kTogether];
+    for (Batch batch{tiles, groups, 0}; batch.first < groups; batch.first += kBatch) {
+      Sums sums[kBatch];
       if constexpr (kLarger > 0) add_parts<kSize + 1, false>(c, panel, sums, batch, kLarger, false);
       if constexpr (S::kParts - kLarger > kLastParts)
         add_parts<kSize, false>(c, panel, sums, batch, S::kParts - kLarger - kLastParts, kLastParts == 0);
@@ -199,6 +215,8 @@ struct LinearColumns {
   using Sums = typename ColumnSums<M, S>::Type;
   static constexpr int kSize = S::kFragments / S::kParts, kLarger = S::kFragments % S::kParts;  // the first parts have one fragment more
   static constexpr int kLastParts = Sums::kLastDiffers ? 1 : 0;
+  static constexpr int kPairs = !M::kWide || !S::kCoded ? 0 : ceil_div(S::kTogether, 2);  // of groups, which share what they read of x
+  static constexpr int kBatch = kPairs ? 2 * kPairs : S::kTogether;
 
   struct Batch {
     u32 tiles, groups, first;  // of this block; of the batch
@@ -208,13 +226,18 @@ struct LinearColumns {
   // NOTE: where the last group has fewer tiles than warps, a warp without one multiplies what is left in the slot; nobody looks.
   template <int size, bool kLast>
   static FF_DEVICE void add_parts(
-      Consumer<M>& c, Panel<M, S>& panel, Sums (&sums)[S::kTogether], const Batch& batch, u32 parts, bool ends) {
+      Consumer<M>& c, Panel<M, S>& panel, Sums (&sums)[kBatch], const Batch& batch, u32 parts, bool ends) {
     constexpr u32 kCells = S::kFragmentColumns / 32;
 #pragma unroll 1
     for (u32 part = 0; part < parts; part++) {
-      constexpr bool kWhole = S::kTogether > 1 || Panel<M, S>::kHeld;  // x comes part by part
+      constexpr bool kWhole = !Panel<M, S>::kSlices;  // x comes part by part
       u32 x = 0;
       if constexpr (kWhole) x = panel.next(size * kCells);
+      const bool end = ends && part + 1 == parts;
+      if constexpr (kPairs > 0) {
+        add_pairs<size, kLast>(c, panel, sums, batch, x, end);
+        continue;
+      }
       const auto place = [&](u32 cell, u32 cells) { return kWhole ? x + cell * panel.kCellBytes : panel.next(cells); };
 #pragma unroll 1
       for (u32 i = 0; i < S::kTogether; i++) {
@@ -223,7 +246,7 @@ struct LinearColumns {
           typename Sums::template Part<size, kLast> now;
           load_part<S>(c, now, batch.tiles, batch.groups, group);
           sums[0].add(now, panel, place);
-          if (ends && part + 1 == parts) {
+          if (end) {
             float all[kGroups];
             sums[0].result(all, now, panel);
             c.hand_over(all);
@@ -235,6 +258,60 @@ struct LinearColumns {
         for (int k = 1; k < S::kTogether; k++) sums[k - 1] = sums[k];
         sums[S::kTogether - 1] = first;
       }
+    }
+  }
+
+  // A part of a batch, pair by pair. x: where it is, if it came part by part.
+  template <int size, bool kLast>
+  static FF_DEVICE void add_pairs(Consumer<M>& c, Panel<M, S>& panel, Sums (&sums)[kBatch], const Batch& batch, u32 x, bool end) {
+    u32 mark = 0;
+    if constexpr (Panel<M, S>::kSlices) mark = panel.mark();
+#pragma unroll 1
+    for (u32 pair = 0; pair < kPairs; pair++) {
+      const u32 first = batch.first + 2 * pair;
+      if (first < batch.groups) {
+        const bool last = pair + 1 == kPairs || first + 2 >= batch.groups;
+        if constexpr (Panel<M, S>::kSlices && kPairs > 1)
+          if (pair > 0) panel.again_from(mark);
+        Sums two[2] = {sums[0], sums[1]};
+        add_two<size, kLast>(c, two, batch, first, end, [&](u32 slice) {
+          if constexpr (Panel<M, S>::kSlices) return panel.next(4, slice == 0 ? pair == 0 : last);
+          else return x + slice * (4 * panel.kCellBytes);
+        });
+        sums[0] = two[0], sums[1] = two[1];
+      }
+      // NOTE: as below.
+      const Sums moved[2] = {sums[0], sums[1]};
+#pragma unroll
+      for (int k = 2; k < kBatch; k++) sums[k - 2] = sums[k];
+      sums[kBatch - 2] = moved[0], sums[kBatch - 1] = moved[1];
+    }
+  }
+  // A part of two groups, slice by slice: place(slice). NOTE: the last group of an odd number is multiplied twice.
+  template <int size, bool kLast, class Place>
+  static FF_DEVICE void add_two(Consumer<M>& c, Sums (&sums)[2], const Batch& batch, u32 group, bool end, Place place) {
+    const bool both = group + 1 < batch.groups;
+    const GroupChunk<S> first(batch.tiles, batch.groups, group), second(batch.tiles, batch.groups, group + both);
+    const bool apart = both && second.begins;
+    if (first.begins) c.acquire();
+    if (apart) c.acquire_next();
+    const u32 places[2] = {c.chunk_address(), apart ? c.next_address() : c.chunk_address()};
+    WideSlice<S, size, kLast> now[2];
+#pragma unroll 1
+    for (u32 slice = 0; slice < size; slice++) {
+      now[0].load(places[0], first.tiles, first.warp + c.warp, c.lane, slice);
+      now[1].load(places[1], second.tiles, second.warp + c.warp, c.lane, slice);
+      Sums::add_two(sums, now, place(slice) + c.lane * 16);
+    }
+    if (first.ends) c.release();
+    if (both && second.ends) c.release();
+    if (!end) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (i && !both) break;
+      float all[kGroups];
+      sums[i].result(all, now[i]);
+      c.hand_over(all);
     }
   }
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import PlanError
 from ...formats import PLAIN, Format
-from ...geometry import Geometry, ceil_div, round_up
+from ...geometry import PART_BUFFERS, SLICE_BUFFERS, WIDE, Geometry, ceil_div, round_up
 from ...plan import COLUMN_HEADS, LEAST_SCALE, Buffer, Plan, Stage
 from ..sampling import MAX_LOGPROBS, SAMPLING, SamplingStruct
 from ..sequence import SEQUENCE
@@ -32,11 +32,10 @@ STREAM = "weight stream"  # where a waiting producer stands
 PART_WORDS = 10  # of what a block tells in a round within a token: see rounds.cuh
 ROUND_TAGS = 32  # of a token: later rounds begin anew
 LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among the most likely ones: see report.cuh
-CELL = 32  # values of a column that follow each other in shared memory: see panel.cuh
+CELL = 32  # values of all columns that are multiplied at a time: see panel.cuh
 FEW_COLUMNS = 2  # where no more than a tile of a vector follow each other: see `run`
 SECTOR = 32  # bytes: what the L2 cache keeps as one
 VERSIONS = 4  # places of a vector, if it needs no flags
-PART_BUFFERS, SLICE_BUFFERS = 3, 4  # steps of one that does that are there or on their way: parts of a tile, or slices of codes
 PIECE_BLOCKS = 24  # of the KV cache that are one part of a head's at most, for several columns: see units.cuh
 KV_PIECES = 32  # most parts of a head's cache whose results a column sums: see units.cuh
 EVEN = 0.9  # of the blocks at work while the last ones have a part of attention
@@ -233,12 +232,13 @@ class Panel:
 
 def panel(plan: Plan, g: Geometry) -> Panel:
     """The panel of a stage: as much of x as the target has room for."""
-    slices, cell_bytes = g.format != PLAIN and g.together == 1, CELL * 2 * plan.target.warps * plan.columns
+    slices = g.format != PLAIN and (g.together == 1 or plan.columns == WIDE)
+    cell_bytes = CELL * 2 * plan.target.warps * plan.columns
     steps = tuple(size * g.fragment_columns // CELL for size in ((1,) * g.fragments if slices else g.part_sizes()))
     held, buffers, room = len(steps), 0, plan.target.panel_room(g.format) // cell_bytes
     if sum(steps) > room and held > 2:
         buffers = max(2, min(SLICE_BUFFERS if slices else PART_BUFFERS, room // steps[0]))
-        held = max(0, room // steps[0] - buffers) if g.together == 1 else 0
+        held = max(0, room // steps[0] - buffers) if g.together <= (2 if slices else 1) else 0
     return Panel(steps, held, buffers, cell_bytes * (sum(steps[:held]) + buffers * steps[0]))
 
 
@@ -459,6 +459,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("bool", "kTrace", trace),
         ("int", "kColumns", plan.columns),
         ("int", "kColumnGroups", ceil_div(plan.columns, 4)),
+        ("bool", "kWide", plan.columns == WIDE),
         ("int", "kPanelBytes", max(panel(plan, s.geometry).nbytes for s in plan.stages if s.geometry) if several else 0),
         ("u32", "kVersions", VERSIONS),
         ("int", "kFlagCopies", t.exchange_copies),

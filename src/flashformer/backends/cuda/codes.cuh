@@ -290,29 +290,21 @@ struct ScalePlace {
   }
 };
 
-// What a lane needs of slices [kFrom, kFrom + kCount) of a part of `size`: codes and scales, from a chunk that has landed. kAll: the scales
-// of all columns of its row, not only of the 32 of a slice that the lane sums.
-template <class S, int size, bool kLast, bool kAll = false, int kFrom = 0, int kCount = size>
-struct Loaded {
+// The scales of a row in slices [kFrom, kFrom + kCount) of a part of `size`. kAll: of all columns, not only of the 32 of a slice that a lane sums.
+template <class S, int size, bool kLast, bool kAll, int kFrom, int kCount>
+struct LoadedScales {
   using F = typename S::Format;
   using Place = ScalePlace<S, size, kLast>;
   using Raw = typename F::Scale::Raw;
-  static constexpr int kLoads = F::Code::kBits / 4;       // of 16 bytes, a slice
   static constexpr int kPicks = F::kGroup == 0 ? 1 : kAll ? 128 / (F::kGroup ? F::kGroup : 1) : F::kGroup == 16 ? 2 : 1;  // in a slice
-  static constexpr int kSlices = kCount;
   static constexpr int kScales = F::kGroup ? kCount : 1;  // of a whole row: one, which comes with the last part
   static constexpr bool kOffsets = F::kOffset != Offset::kNone;
-  uint4 raw[kCount][kLoads];
   Raw scale[kScales][kPicks], offset[kScales][kPicks];
   float divisor;
 
-  // From the chunk at `at`, which has so many tiles; `warp` counts the warps of all its tiles.
-  FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane) {
-    const u32 codes = at + warp * (size * Place::kSliceBytes) + lane * 16, scales = Place::at(at, tiles, warp, kAll ? lane & ~3u : lane);
-#pragma unroll
-    for (int i = 0; i < kCount; i++)
-#pragma unroll
-      for (int j = 0; j < kLoads; j++) raw[i][j] = load_shared4(codes + (kFrom + i) * Place::kSliceBytes + j * 512);
+  // lane: whose row, and columns. slice: that comes in place of the first of the part.
+  FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane, u32 slice = 0) {
+    const u32 scales = Place::at(at, tiles, warp, kAll ? lane & ~3u : lane) + slice * Place::kSliceStep;
     if constexpr (F::kGroup != 0 || kLast) {
 #pragma unroll
       for (int i = 0; i < kScales; i++)
@@ -330,6 +322,31 @@ struct Loaded {
   }
 };
 
+// What a lane needs of those slices: codes and scales, from a chunk that has landed.
+template <class S, int size, bool kLast, bool kAll = false, int kFrom = 0, int kCount = size>
+struct Loaded : LoadedScales<S, size, kLast, kAll, kFrom, kCount> {
+  using Scales = LoadedScales<S, size, kLast, kAll, kFrom, kCount>;
+  static constexpr int kLoads = S::Format::Code::kBits / 4;  // of 16 bytes, a slice
+  static constexpr int kSlices = kCount;
+  uint4 raw[kCount][kLoads];
+
+  // From the chunk at `at`, which has so many tiles; `warp` counts the warps of all its tiles.
+  FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane) {
+    load_codes(at, warp, lane);
+    Scales::load(at, tiles, warp, lane);
+  }
+
+ protected:
+  FF_DEVICE void load_codes(u32 at, u32 warp, u32 lane, u32 slice = 0) {
+    constexpr int kSliceBytes = Scales::Place::kSliceBytes;
+    const u32 codes = at + (warp * size + slice) * kSliceBytes + lane * 16;
+#pragma unroll
+    for (int i = 0; i < kCount; i++)
+#pragma unroll
+      for (int j = 0; j < kLoads; j++) raw[i][j] = load_shared4(codes + (kFrom + i) * kSliceBytes + j * 512);
+  }
+};
+
 // What comes once for a lane's row, with the last part, and is applied to the sum of all.
 template <class S>
 struct WholeRow {
@@ -338,7 +355,7 @@ struct WholeRow {
   float divisor;
 
   template <int size, bool kLast, bool kAll, int kFrom, int kCount>
-  FF_DEVICE void take(const Loaded<S, size, kLast, kAll, kFrom, kCount>& part) {
+  FF_DEVICE void take(const LoadedScales<S, size, kLast, kAll, kFrom, kCount>& part) {
     if constexpr (F::kGroup == 0 && kLast) scale = part.scale[0][0], offset = part.offset[0][0];
     if constexpr (F::Scale::kDivided && kLast) divisor = part.divisor;
   }

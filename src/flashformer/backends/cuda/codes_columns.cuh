@@ -106,7 +106,7 @@ struct CodeValues<T, F, HalfByte> {
   }
 
  private:
-  static FF_DEVICE u32 codes(u32 word, int upper) { return (word >> 4 * upper & 0x0f0f0f0fu) ^ 0x08080808u; }
+  static FF_DEVICE u32 codes(u32 word, int upper) { return (word >> 4 * upper & 0x0f0f0f0fu) ^ (upper ? 0x08080808u : 0); }
 };
 
 // Small multiples, as bytes that are 64 more.
@@ -165,6 +165,20 @@ struct CodeValues<T, F, Byte> {
   }
 };
 
+// One slice of a part, of 16 columns: a lane needs the scales of two rows, 2 t and 2 t + 1.
+template <class S, int size, bool kLast>
+struct WideSlice : Loaded<S, size, kLast, true, 0, 1> {
+  using Even = Loaded<S, size, kLast, true, 0, 1>;
+  typename Even::Scales odd;
+
+  FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane, u32 slice) {
+    const u32 row = (lane & 3) * 8;  // of a lane that has it, the even one
+    this->load_codes(at, warp, lane, slice);
+    Even::Scales::load(at, tiles, warp, row, slice);
+    odd.load(at, tiles, warp, row + 4, slice);
+  }
+};
+
 // One lane's part of the product of a tile with all columns: row g, columns t + 4 j.
 template <class M, class S>
 struct CodedColumns {
@@ -214,19 +228,71 @@ struct CodedColumns {
     }
   }
 
-  // With the last part.
+  // Of 16 columns: a slice of two tiles, whose x is at `x`, so that it is read once for both.
+  template <class Slice>
+  static FF_DEVICE void add_two(CodedColumns (&sums)[2], const Slice (&slices)[2], u32 x) {
+    constexpr int kUnits = F::kGroup == 16 ? 8 : F::kGroup == 32 ? 4 : 2, kSteps = 8 / kUnits;  // sums that are scaled, of so many steps
+    uint4 a[2][Values::kTerms];  // of two steps
+#pragma unroll
+    for (int unit = 0; unit < kUnits; unit++) {
+      float d[2][4] = {}, ones[4] = {};
+#pragma unroll
+      for (int step = unit * kSteps; step < (unit + 1) * kSteps; step++) {
+        const uint4 columns = load_shared4(x + step * (Panel<M, S>::kCellBytes / 2));
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++)
+#pragma unroll
+          for (int k = 0; k < Values::kTerms; k++) {
+            uint4& w = a[tile][k];
+            if (step % 2 == 0) w = Values::operand(slices[tile].raw[0], step / 2, k);
+            mma<T>(d[tile], columns, step % 2 ? w.y : w.x, step % 2 ? w.w : w.z);
+          }
+        if constexpr (kOffsets) mma<T>(ones, columns, kOnes, kOnes);
+      }
+#pragma unroll
+      for (int tile = 0; tile < 2; tile++) sums[tile].finish_wide(slices[tile], unit * (128 / kUnits), d[tile], ones);
+    }
+  }
+
+  // With the last part; of 16 columns with its last slice.
   template <int size, bool kLast>
   FF_DEVICE void result(float (&sums)[kGroups], const Part<size, kLast>& part, const Panel<M, S>&) const {
     WholeRow<S> row;
     row.take(part);
 #pragma unroll
-    for (int j = 0; j < kGroups; j++) {
-      const float sum = kRow ? add_scaled<F>(0, total[j], plain[j], row.scale, row.offset) : total[j];
-      sums[j] = row.divided(sum * Values::kFactor);
-    }
+    for (int j = 0; j < kGroups; j++) sums[j] = of_row(row, j);
+  }
+  template <int size, bool kLast>
+  FF_DEVICE void result(float (&sums)[kGroups], const WideSlice<S, size, kLast>& slice) const {
+    WholeRow<S> rows[2];
+    rows[0].take(slice);
+    rows[1].take(slice.odd);
+#pragma unroll
+    for (int j = 0; j < kGroups; j++) sums[j] = of_row(rows[j % 2], j);
   }
 
  private:
+  FF_DEVICE float of_row(const WholeRow<S>& row, int j) const {
+    const float sum = kRow ? add_scaled<F>(0, total[j], plain[j], row.scale, row.offset) : total[j];
+    return row.divided(sum * Values::kFactor);
+  }
+
+  // Scale the sums of 16 columns from `column` of a slice on.
+  template <class Slice>
+  FF_DEVICE void finish_wide(const Slice& slice, int column, const float (&d)[4], const float (&ones)[4]) {
+    const int group = kRow ? 0 : column / (F::kGroup ? F::kGroup : 1);
+#pragma unroll
+    for (int j = 0; j < kGroups; j++) {
+      const typename Slice::Scales& of = j % 2 ? slice.odd : slice;
+      if constexpr (kRow) {
+        total[j] += d[j];
+        if constexpr (kOffsets) plain[j] += ones[j];
+      } else {
+        total[j] = add_scaled<F>(total[j], d[j], ones[j], of.scale[0][group], of.offset[0][group]);
+      }
+    }
+  }
+
   // Cells whose sum is scaled. NOTE: more than two would be a longer chain of instructions that wait for each other.
   static constexpr int kCells = F::kGroup == 16 || F::kGroup == 32 ? 1 : 2;
 

@@ -24,14 +24,15 @@ FF_DEVICE void mma_bytes(int (&d)[4], const uint4& a, u32 b0, u32 b1) {
 
 // ---- codes: kDigits digits to the base of kBase, of each kOperands operands (of instruction f), whose sums `sum` makes one of ----
 //
-// kShift: what was taken from each code to make it signed.
+// kShift: what was taken from each code to make it signed. kJoined: bytes of two codes are multiplied as they are, and what is too much is
+// taken away. An object of a code is what a lane keeps in registers for it.
 
 // Of a lane's first step or its second: the sums with the halves of x, 256 high + low.
 constexpr u32 kByteOnes = 0x01010101u;
 FF_DEVICE int both_halves(const int (&set)[4], bool odd) { return (odd ? set[2] : set[0]) * 256 + (odd ? set[3] : set[1]); }
 
 struct OneOperand {
-  static constexpr bool kInteger = true;
+  static constexpr bool kInteger = true, kJoined = false;
   static constexpr int kDigits = 1, kBase = 1, kOperands = 1, kShift = 0;
   static FF_DEVICE int sum(const int (&sets)[1][4], bool odd) { return both_halves(sets[0], odd); }
 };
@@ -48,24 +49,42 @@ struct Byte : OneOperand {
   static FF_DEVICE uint4 operand(const uint4* raw, int f, int, int) { return raw[f]; }
 };
 
-// 0 to 15, kept as 8 less, in two's complement. The low halves of bytes are the first instruction's, the high halves the second's. Each becomes
-// the high half of a signed byte, which so is 16 times what is kept.
+// 0 to 15, which stand for 8 less. Low halves of bytes, of steps 0 and 1, are kept as they are; high halves, of steps 2 and 3, as 8 less, in
+// two's complement. A byte is 16 times its high half and its low one: one instruction multiplies bytes, one their low halves, both with
+// all steps of x, and each step's sum is among the two (see `step_sum`): 4 operations on registers make operands of 32 codes.
 struct HalfByte : OneOperand {
-  static constexpr bool kSigned = true;
+  static constexpr bool kSigned = true, kJoined = true;
   static constexpr int kBits = 4, kShift = 8;
   static constexpr float kFactor = 1 / 16.f;
   static FF_DEVICE int column(int, int r, int i) { return step_column(i >> 2, r, i & 3); }
   static FF_DEVICE u32 place(const u8* codes) {
     u32 word = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) word |= (u32)((codes[i] & 15) ^ 8) << (8 * (i & 3) + 4 * (i >> 2));
+    for (int i = 0; i < 8; i++) word |= (u32)((codes[i] & 15) ^ (i < 4 ? 0 : 8)) << (8 * (i & 3) + 4 * (i >> 2));
     return word;
   }
+  // Both of signed bytes that are 16 times what a code stands for: of several columns.
   static FF_DEVICE uint4 operand(const uint4* raw, int f, int, int) {
-    const u32 up = f ? 0 : 4, mask = 0xf0f0f0f0u;
-    return make_uint4(raw[0].x << up & mask, raw[0].y << up & mask, raw[0].z << up & mask, raw[0].w << up & mask);
+    const uint4& v = raw[0];
+    return f ? make_uint4(upper(v.x), upper(v.y), upper(v.z), upper(v.w)) : make_uint4(raised(v.x), raised(v.y), raised(v.z), raised(v.w));
   }
+  static FF_DEVICE uint4 low(const uint4& v) { return make_uint4(v.x & kLow, v.y & kLow, v.z & kLow, v.w & kLow); }
+  // Of a lane's step, from sums of bytes and of low halves. shift: what makes low halves signed. NOTE: 16 times the sum of a whole row may
+  // need 32 bits, until that is added.
+  static FF_DEVICE int step_sum(int bytes, int low, int shift, bool high) { return high ? bytes - low : (int)(low * 16u + shift); }
+
+ private:
+  static constexpr u32 kLow = 0x0f0f0f0fu;
+  static FF_DEVICE u32 upper(u32 word) { return word & ~kLow; }
+  static FF_DEVICE u32 raised(u32 word) { return (word << 4 & ~kLow) ^ 0x80808080u; }
 };
+
+// a >> 16, by the pipe that multiplies: the one that shifts is busy with permutations.
+FF_DEVICE u32 upper_half(u32 a) {
+  u32 r;
+  asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x0100u), "r"(0u));
+  return r;
+}
 
 // Numbers of 16 values, of which the lower eight have one sign and the upper eight one: integers times kFactor. V has the digits of the lower
 // eight in bytes, kLower, the highest first, those of the upper eight, and the signs. A selector with its high bit set repeats the sign of a
@@ -73,7 +92,7 @@ struct HalfByte : OneOperand {
 // NOTE: to join what comes of the two tables would cost as many instructions again as matrix instructions are spared by it.
 template <class V, int digits = 1>
 struct ByteTable {
-  static constexpr bool kInteger = true, kSigned = false;
+  static constexpr bool kInteger = true, kSigned = false, kJoined = false;
   static constexpr int kBits = 4, kDigits = digits, kBase = V::kBase, kOperands = 2, kShift = 0;
   static constexpr float kFactor = V::kFactor;
   static FF_DEVICE int column(int, int r, int i) { return step_column(r >> 1, 2 * (r & 1) + (i >> 2), i & 3); }
@@ -83,10 +102,21 @@ struct ByteTable {
     for (int i = 0; i < 8; i++) word |= (u32)(codes[i] & 15) << (4 * i);
     return word;
   }
-  static FF_DEVICE uint4 operand(const uint4* raw, int f, int digit, int upper) {
+
+  u32 table[digits][2][2];  // [digit][lower, upper][half]
+
+  // NOTE: tables of two digits are kept, or the compiler would move them to registers for each permutation: a shuffle is opaque to it.
+  FF_DEVICE ByteTable() {
+#pragma unroll
+    for (int i = 0; i < digits * 4; i++) {
+      const u32 values = i / 2 % 2 ? V::kUpper[i / 4][i % 2] : V::kLower[i / 4][i % 2];
+      table[i / 4][i / 2 % 2][i % 2] = digits > 1 ? __shfl_sync(kAllLanes, values, 0) : values;
+    }
+  }
+  FF_DEVICE uint4 operand(const uint4* raw, int f, int digit, int upper) const {
     const u32 flip = upper ? 0x88888888u : 0, a = (f ? raw[0].z : raw[0].x) ^ flip, b = (f ? raw[0].w : raw[0].y) ^ flip;
-    const u32(&of)[2] = upper ? V::kUpper[digit] : V::kLower[digit];
-    return make_uint4(permute(of[0], of[1], a), permute(of[0], of[1], a >> 16), permute(of[0], of[1], b), permute(of[0], of[1], b >> 16));
+    const u32(&of)[2] = table[digit][upper];
+    return make_uint4(permute(of[0], of[1], a), permute(of[0], of[1], upper_half(a)), permute(of[0], of[1], b), permute(of[0], of[1], upper_half(b)));
   }
   static FF_DEVICE int sum(const int (&sets)[2][4], bool odd) {
     int all[4];
@@ -147,32 +177,38 @@ struct IntegerOperand {
   static constexpr int kSlices = S::kFragments;
   static constexpr bool kOffsets = F::kOffset != Offset::kNone;
   static constexpr int kSumSlices = F::kGroup ? kSlices : 1;
-  static constexpr bool kLean = S::kFragments > (Code::kDigits > 1 ? 12 : 16);  // of many columns: zeros would take too many registers
-  u32 x[kSlices][kLean ? 1 : 2][2];                                            // [instruction][register]
-  float sum[kSumSlices];  // of a lane's step, where there are offsets: as large as it were of codes that are 1
-  float factor;           // of the results
+  // Whether zeros are put in when they are needed: of many columns they would take too many registers.
+  static constexpr bool kLean = !Code::kJoined && S::kFragments > (Code::kDigits > 1 ? 12 : 16);
+  static constexpr int kOperands = kLean || Code::kJoined ? 1 : 2;
+  u32 x[kSlices][kOperands][2];  // [instruction][register]
+  float sum[kSumSlices];         // of a lane's step, where there are offsets: as large as it were of codes that are 1
+  int shift[kSumSlices];         // see `step_sum`
+  float factor;                  // of the results
+  Code code;
 
   template <class X>
   FF_DEVICE void prepare(const X& from, u32 lane) {
     const FixedPoint<T> point(warp_largest(from.value));
     factor = point.factor * Code::kFactor;
-    const bool odd = lane & 4, upper = lane & 16;
+    const bool odd = lane & 4, upper = lane & 16, high_step = lane & 2;
 #pragma unroll
-    for (int i = 0; i < kSumSlices; i++) sum[i] = 0;
+    for (int i = 0; i < kSumSlices; i++) sum[i] = 0, shift[i] = 0;
 #pragma unroll
     for (int i = 0; i < kSlices; i++) {
       const uint2 halves = point.halves(from.value[i][0], from.value[i][1]);
       const u32 high = halves.x, low = halves.y;
       const u32 other = __shfl_xor_sync(kAllLanes, odd ? high : low, 4);
       const u32 b0 = odd ? other : high, b1 = odd ? low : other;
-      if constexpr (kOffsets) {
+      if constexpr (kOffsets || Code::kJoined) {
         int d[4] = {};  // (any row, high and low of step t)
         mma_bytes<true>(d, make_uint4(kByteOnes, kByteOnes, kByteOnes, kByteOnes), b0, b1);
-        sum[F::kGroup ? i : 0] += (float)both_halves(d, false) * (1 / Code::kFactor);
+        const int all = both_halves(d, false);
+        if constexpr (kOffsets) sum[F::kGroup ? i : 0] += (float)all * (1 / Code::kFactor);
+        if constexpr (Code::kJoined) shift[F::kGroup ? i : 0] -= high_step ? 0 : all * (16 * Code::kShift);
       }
 #pragma unroll
-      for (int f = 0; f < (kLean ? 1 : 2); f++) {
-        const bool mine = kLean || upper == (f == 1);
+      for (int f = 0; f < kOperands; f++) {
+        const bool mine = kOperands == 1 || upper == (f == 1);
         x[i][f][0] = mine ? b0 : 0;
         x[i][f][1] = mine ? b1 : 0;
       }
@@ -193,7 +229,8 @@ struct IntegerProduct {
   using F = typename S::Format;
   using Code = typename F::Code;
   using X = IntegerOperand<M, S>;
-  using Sets = int[Code::kOperands][4];
+  static constexpr int kSets = Code::kJoined ? 2 : Code::kOperands;
+  using Sets = int[kSets][4];
   static constexpr int kAtOnce = Code::kDigits > 1 ? 2 : S::kFragments;  // slices that are loaded at a time, at most
   static constexpr int kBatchSlices = Code::kDigits > 1 ? 0 : 4;  // of a batch of groups, at most
 
@@ -212,12 +249,18 @@ struct IntegerProduct {
       for (int digit = 0; digit < Code::kDigits; digit++) {
         Sets& of = sets[F::kGroup ? 0 : digit];
         if constexpr (F::kGroup != 0) clear(of);
+        if constexpr (Code::kJoined) {
+          const u32(&all)[2] = x.x[slice][0];
+          mma_bytes<true>(of[0], part.raw[i][0], all[0], all[1]);
+          mma_bytes<true>(of[1], Code::low(part.raw[i][0]), all[0], all[1]);
+        } else {
 #pragma unroll
-        for (int f = 0; f < 2; f++)
+          for (int f = 0; f < 2; f++)
 #pragma unroll
-          for (int k = 0; k < Code::kOperands; k++)
-            mma_bytes<Code::kSigned>(of[k], Code::operand(part.raw[i], f, digit, k), x.operand(slice, f, 0, lane), x.operand(slice, f, 1, lane));
-        if constexpr (F::kGroup != 0) sum = sum * Code::kBase + (float)Code::sum(of, lane & 1);
+            for (int k = 0; k < Code::kOperands; k++)
+              mma_bytes<Code::kSigned>(of[k], x.code.operand(part.raw[i], f, digit, k), x.operand(slice, f, 0, lane), x.operand(slice, f, 1, lane));
+        }
+        if constexpr (F::kGroup != 0) sum = sum * Code::kBase + (float)step_sum(of, x.shift[slice], lane);
       }
       if constexpr (F::kGroup != 0) total = add_codes<F>(total, sum, x.sum[slice], part.scale[i][0], part.offset[i][0]);
     }
@@ -228,15 +271,19 @@ struct IntegerProduct {
     if constexpr (F::kGroup == 0) {
       float sum = 0;
 #pragma unroll
-      for (int digit = 0; digit < Code::kDigits; digit++) sum = sum * Code::kBase + (float)Code::sum(sets[digit], lane & 1);
+      for (int digit = 0; digit < Code::kDigits; digit++) sum = sum * Code::kBase + (float)step_sum(sets[digit], x.shift[0], lane);
       total = add_codes<F>(total, sum, x.sum[0], row.scale, row.offset);
     }
     return row.divided(total * x.factor);
   }
 
  private:
+  static FF_DEVICE int step_sum(const Sets& of, int shift, u32 lane) {
+    if constexpr (Code::kJoined) return Code::step_sum(both_halves(of[0], lane & 1), both_halves(of[1], lane & 1), shift, lane & 2);
+    else return Code::sum(of, lane & 1);
+  }
   static FF_DEVICE void clear(Sets& of) {
 #pragma unroll
-    for (int k = 0; k < Code::kOperands; k++) of[k][0] = of[k][1] = of[k][2] = of[k][3] = 0;
+    for (int k = 0; k < kSets; k++) of[k][0] = of[k][1] = of[k][2] = of[k][3] = 0;
   }
 };

@@ -70,6 +70,7 @@ struct IntegerColumns {
   template <int size, bool kLast, class Place>
   FF_DEVICE void add(const Part<size, kLast>& part, const X& panel, Place place) {
     const u32 lane = panel.lane, n = lane >> 2;
+    const Code code;
     const u32 own = (kTwo ? (n >> 1 & 1) * X::kCellBytes + (n >> 2) * 64 : (n >> 1) * 64) + (n & 1) * 32 + (lane & 3) * 8;
 #pragma unroll
     for (int i = 0; i < size; i++) {
@@ -77,7 +78,7 @@ struct IntegerColumns {
 #pragma unroll
       for (int f = 0; f < 2; f++)
 #pragma unroll
-        for (int k = 0; k < Code::kOperands; k++) a[f][k] = Code::operand(part.raw[i], f, 0, k);
+        for (int k = 0; k < Code::kOperands; k++) a[f][k] = code.operand(part.raw[i], f, 0, k);
       const u32 x = place(4 * i, 4) + own;
       const int at = kRow ? 0 : i;
       with_groups<kGroups, 2>(panel.columns, [&](auto first, auto groups) {

@@ -7,6 +7,10 @@
 // 16 values. Those of four columns are what an instruction multiplies, 8 bytes a lane: column n of the operand is column
 // n / 2 at step n % 2. As with one column, rows 0-7 of A are a tile at the first step and rows 8-15 the same tile at the second, so
 // that of the result only (row g, step 0) and (row g + 8, step 1) mean anything: their sum, in lane (g, t), is row g of column t.
+//
+// 16 columns (kWide) are the rows of A, and a tile at one step is B, which its registers of that step are as they are: half as many
+// instructions, of whose results all mean something. Lane (g, t) has rows 2 t and 2 t + 1 of columns g and g + 8. Their vectors and panels
+// lie as A is in registers: see `pair_word`. Codes are multiplied by pairs of tiles, which share what they read of x.
 #pragma once
 #include "vectors.cuh"
 
@@ -91,20 +95,29 @@ FF_DEVICE void norm_scales(const Finisher<M>& f, u32 tag, float (&scale)[M::kCol
   }
 }
 
-// Piece `number` of a vector, 16 bytes: 8 rows of a column.
+// Piece `number` of a vector, 16 bytes: 8 rows of a column, or 4 of two columns (kWide).
 // NOTE: where a vector lies as the panel does, there is nothing to compute: it would be in the loop that streams.
 template <class M>
 struct PanelPiece {
-  static constexpr bool kSame = M::kRun == 32;
+  static constexpr bool kSame = M::kWide || M::kRun == 32;
+  static constexpr u32 kPieces = M::kRun / 8;  // of a run
   u32 number;
 
   FF_DEVICE u32 row() const {
-    if constexpr (kSame) return number / (4 * M::kColumns) * 32 + number % 4 * 8;
-    else return number / M::kColumns * 8;
+    if constexpr (M::kWide) return number / 32 * 16 + number % 4 * 4;
+    else return number / (kPieces * M::kColumns) * M::kRun + number % kPieces * 8;
   }
   FF_DEVICE bool exists(u32 columns) const {
-    if constexpr (kSame) return number % (4 * M::kColumns) < 4 * columns;
-    else return number % M::kColumns < columns;
+    if constexpr (M::kWide) return number / 4 % 8 < columns;
+    else return number % (kPieces * M::kColumns) < kPieces * columns;
+  }
+  // What of it exists, zeros for the rest. rows: of the vector.
+  FF_DEVICE void clip(uint4& v, u32 columns, u32 rows) const {
+    if constexpr (M::kWide) {
+      if (number / 4 % 8 + 8 >= columns) v.y = v.w = 0;
+    } else if (row() + 4 >= rows) {
+      v.z = v.w = 0;
+    }
   }
   // In the panel.
   FF_DEVICE u32 place() const {
@@ -117,7 +130,7 @@ struct PanelPiece {
 // NOTE: the warps of a block must have met since they used what lies in its place.
 template <class M, class S, bool all = S::kBuffers == 0>
 struct Panel {
-  static constexpr bool kHeld = true;
+  static constexpr bool kHeld = true, kSlices = false;
   static constexpr u32 kCellBytes = M::kColumns * 64;  // of all columns
   u32 lane, columns;
   u32 first;    // where it is
@@ -151,7 +164,7 @@ struct Panel {
           const u32 at = base + i * 32 + lane;
           v[i] = exists(at) ? load_pairs(from + at * 16) : make_uint4(0, 0, 0, 0);
           static_assert(S::kInRows % 4 == 0, "half a piece may be padding");
-          if (S::kInRows % 8 != 0 && row(at) + 4 >= S::kInRows) v[i].z = v[i].w = 0;
+          if (M::kWide || S::kInRows % 8 != 0) PanelPiece<M>{at}.clip(v[i], columns, S::kInRows);
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) here = here && present(v[i]);
@@ -170,7 +183,7 @@ struct Panel {
     return at;
   }
   // Where a lane's 16-bit values of a cell are, from its place.
-  FF_DEVICE u32 own() const { return lane * 8 % kCellBytes; }
+  FF_DEVICE u32 own() const { return M::kWide ? lane * 16 : lane * 8 % kCellBytes; }
 
  private:
   static constexpr u32 kBytes = S::kCells * kCellBytes;
@@ -182,7 +195,7 @@ struct Panel {
 template <class M, class S>
 struct Panel<M, S, false> {
   static constexpr bool kHeld = false;
-  static constexpr bool kSlices = S::kCoded && S::kTogether == 1;
+  static constexpr bool kSlices = S::kCoded && (M::kWide || S::kTogether == 1);
   static constexpr int kSteps = kSlices ? S::kFragments : S::kParts;
   static constexpr u32 kCellBytes = M::kColumns * 64;
   u32 lane, columns;
@@ -197,15 +210,22 @@ struct Panel<M, S, false> {
     for (int i = 0; i < kAhead; i++) fetch();
   }
 
-  // Where the next step is, which has so many cells, all of which have landed.
-  FF_DEVICE u32 next(u32 cells) {
+  // Where the next step is, which has so many cells, all of which have landed. renew: whether the step before is not needed any more.
+  FF_DEVICE u32 next(u32 cells, bool renew = true) {
     __syncwarp();  // all lanes have read the step before, whose place is taken now
-    fetch();
+    if (renew) fetch();
+    else async_commit();
     async_wait_groups<kAhead>();
     __syncwarp();
     return advance(used, cells);
   }
-  FF_DEVICE u32 own() const { return lane * 8 % kCellBytes; }
+  // The steps since `mark` again. NOTE: as many as there are buffers, at most, and none that stay.
+  FF_DEVICE u32 mark() const { return used.step << 24 | used.buffer; }
+  FF_DEVICE void again_from(u32 mark) {
+    used.step = mark >> 24;
+    used.buffer = mark & 0xffffff;
+  }
+  FF_DEVICE u32 own() const { return M::kWide ? lane * 16 : lane * 8 % kCellBytes; }
 
  private:
   static constexpr int kAhead = S::kBuffers - 1;

@@ -164,6 +164,9 @@ struct Consumer : Block<M> {
 
   FF_DEVICE u32 chunk_address() const { return this->shared + L::kRing + slot * M::kSlotBytes; }
   FF_DEVICE void acquire() const { barrier_wait(this->shared + L::kFull + slot * 8, phase, this->watch); }
+  // The same of the chunk behind it.
+  FF_DEVICE u32 next_address() const { return this->shared + L::kRing + next_slot() * M::kSlotBytes; }
+  FF_DEVICE void acquire_next() const { barrier_wait(this->shared + L::kFull + next_slot() * 8, phase ^ (next_slot() == 0), this->watch); }
   FF_DEVICE void release() {
     __syncwarp();
     if (this->lane == 0) barrier_arrive(this->shared + L::kEmpty + slot * 8);
@@ -182,18 +185,25 @@ struct Consumer : Block<M> {
     if (this->lane == 0) barrier_arrive(this->shared + L::kReductionFull + buffer * 8);
     turn = turn + 1 == 2 * L::kReductionBuffers ? 0 : turn + 1;
   }
-  // The same of several columns: a value a lane for every four of them.
+  // The same of several columns: a value a lane for every four of them. Where finishers find row r of column c: [c / 4][warp][r][c % 4].
   FF_DEVICE void hand_over(const float (&values)[M::kColumnGroups]) {
     const u32 phase = turn >= L::kReductionBuffers, buffer = phase ? turn - L::kReductionBuffers : turn;
     barrier_wait(this->shared + L::kReductionEmpty + buffer * 8, phase ^ 1, this->watch);
-    const u32 to = this->shared + L::kReduction + buffer * L::kReductionBytes + this->warp * 128 + this->lane * 4;
+    constexpr u32 kFour = kConsumers * 128;  // bytes of four columns
+    const u32 to = this->shared + L::kReduction + buffer * L::kReductionBytes + this->warp * 128, g = this->lane >> 2, t = this->lane & 3;
 #pragma unroll
-    for (int j = 0; j < M::kColumnGroups; j++) store_shared_float(to + j * (kConsumers * 128), values[j]);
+    for (int j = 0; j < M::kColumnGroups; j++) {
+      if constexpr (M::kWide) store_shared_float(to + (g / 4 + j / 2 * 2) * kFour + (2 * t + j % 2) * 16 + g % 4 * 4, values[j]);
+      else store_shared_float(to + j * kFour + this->lane * 4, values[j]);
+    }
     __syncwarp();
     if (this->lane == 0) barrier_arrive(this->shared + L::kReductionFull + buffer * 8);
     turn = turn + 1 == 2 * L::kReductionBuffers ? 0 : turn + 1;
   }
   FF_DEVICE void sync() const { sync_threads<1, kConsumers * 32>(); }
+
+ private:
+  FF_DEVICE u32 next_slot() const { return slot + 1 == L::kSlots ? 0 : slot + 1; }
 };
 
 template <class M>

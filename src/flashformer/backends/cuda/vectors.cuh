@@ -7,11 +7,15 @@
 // the sums of squares first, which have tags.
 // So that not all blocks poll the same lines, there are M::kCopies of all that; a block looks at the one of its number.
 //
-// A vector is [run][columns that there is room for][M::kRun values]. NOTE: of one column or two what a block writes of a tile is alone in its
-// sector of the L2 cache: where two blocks shared them, a token of 1B in bf16 took 1.5 % more.
+// A vector is [run][columns that there is room for][M::kRun values]; of 16 columns see `pair_word`. NOTE: of one column or two what a block writes
+// of a tile is alone in its sector of the L2 cache: where two blocks shared them, a token of 1B in bf16 took 1.5 % more.
 // One that its readers have no room for (panel.cuh) has one place, and flags.
 #pragma once
 #include "roles.cuh"
+
+// Where a pair of values of one of 16 columns is in a vector: [step of 16 values][column % 8][4 values][pair][column / 8], as matrix instructions
+// want them: 16 bytes are a lane's registers.
+FF_DEVICE u32 pair_word(u32 pair, u32 column) { return pair / 8 * 128 + column % 8 * 16 + pair % 8 / 2 * 4 + pair % 2 * 2 + column / 8; }
 
 template <class M, class S>
 struct VectorOut {
@@ -77,8 +81,8 @@ struct VectorOut {
 
   static FF_DEVICE u32* place(const Finisher<M>& f, u32 version, u32 pair, u32 column) {
     constexpr u32 kPairs = M::kRun / 2;
-    return reinterpret_cast<u32*>(f.words(S::kOutput)) +
-           (version * (2 * S::kOutVersion) + (pair / kPairs * S::kOutRoom + column) * kPairs + pair % kPairs);
+    const u32 at = M::kWide ? pair_word(pair, column) : (pair / kPairs * S::kOutRoom + column) * kPairs + pair % kPairs;
+    return reinterpret_cast<u32*>(f.words(S::kOutput)) + (version * (2 * S::kOutVersion) + at);
   }
   static FF_DEVICE void store(u32* at, u32 pair) {
 #pragma unroll
