@@ -1,7 +1,7 @@
 """Decoding speed on this GPU, ours and the baselines in the same process: writes benchmarks/results/decode-<gpu>.json.
 
 usage: python benchmarks/decode.py [--models llama-3.2-1b,llama-3.1-8b] [--weights bf16,int4] [--kv native,fp8] [--contexts 128,1024]
-       [--baselines torch.compile|all|none]
+       [--baselines torch.compile|all|none] [--first-token]
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--baselines", default="all", help="names, 'all' that are installed (default), or 'none'")
+    parser.add_argument("--first-token", action="store_true", help="time prompts as long as the contexts, too")
     parser.add_argument("--no-check", action="store_true", help="do not compare the kernel with the reference first")
     parser.add_argument("--commit", help="commit of this tree, where git is not at hand")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -48,7 +49,7 @@ def main() -> None:
         for name, weights, kv in itertools.product(*(text.split(",") for text in (options.models, options.weights, options.kv))):
             with open_subject(name, weights, options.plain_head) as subject:
                 contexts = [c for c in wanted if c <= subject.config.max_positions]
-                with Bench(subject, contexts, options.tokens, not options.no_check, kv=kv) as bench:
+                with Bench(subject, contexts, options.tokens, not options.no_check, kv=kv, prompts=options.first_token) as bench:
                     records: list[Record] = [bench.measure(context, options.repeats) for context in bench.contexts]
                 for record in records:
                     record.commit = options.commit or record.commit

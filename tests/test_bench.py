@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from flashformer import bench
+from flashformer.backends import Made, Turn
 from flashformer.backends.cuda import DeviceInfo, RandomWeights
 from flashformer.backends.cuda.codegen import HEADERS, generate, place_vectors
 from flashformer.backends.cuda.pack import gather_vectors
@@ -29,7 +31,7 @@ from flashformer.errors import CheckpointError, DeviceError, InputError
 from flashformer.formats import NAMED
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
-from flashformer.records import Record, load_records, results_file, save
+from flashformer.records import Record, load_records, results_file, save, table
 from flashformer.reference import Reference
 from flashformer.shapes import SHAPES
 from flashformer.targets import get
@@ -146,6 +148,7 @@ class FakeRunner:
 
     def __init__(self, desk: Desk, plan: Plan, weights: Any) -> None:
         self.desk, self.plan, self.closed, self.filled, self.launches = desk, plan, False, False, 0
+        self.prompts: list[int] = []  # lengths
         self.info = DeviceInfo(0, "NVIDIA Test 9000", (9, 0), 132, 232448, 10**11, get("sm_90"))
         self.source = generate(plan)
         self.reference = Reference(build_graph(plan.config), weights, kv_type=plan.kv.type)
@@ -169,6 +172,13 @@ class FakeRunner:
         assert self.filled and not self.closed and start + count <= self.plan.max_context
         self.launches += 1
         return count * (1e-3 + start * 1e-6) * (1 + 0.001 * (self.launches % 3))
+
+    def run(self, turns: Sequence[Turn]) -> Iterator[Made]:
+        (turn,) = turns
+        assert turn.start == 0 and turn.count == 1 and not self.closed
+        self.prompts.append(len(turn.tokens))
+        time.sleep(len(turn.tokens) * 2e-5)
+        yield Made(0, 1, 0.0)
 
     def trace(self, start: int, count: int) -> np.ndarray:
         return stamp(self.plan, self.source.stage_names)
@@ -209,6 +219,18 @@ def test_many_contexts_are_measured_with_weights_that_were_packed_once(desk: Des
         assert (record.tokens_timed, record.repeats, record.gpu) == (64, 5, "NVIDIA Test 9000")
         assert record.checked is not None and record.checked["layers"] == 3 and record.checked["positions"] == 32
         assert record.checked["top1"] == 1 and 0 <= record.checked["kl_mean"] <= record.checked["kl_max"] < 1e-9
+
+
+def test_prompts_are_timed_until_their_first_token(desk: Desk) -> None:
+    with open_subject("small") as subject, Bench(subject, [0, 100, 500], tokens=16, prompts=True) as ready:
+        records = [ready.measure(context, repeats=2) for context in ready.contexts]
+    (runner,) = desk.runners
+    assert runner.plan.prompt_columns == get("sm_90").usual_prompt_columns > 0
+    assert runner.prompts == [100] * 3 + [500] * 3  # the first of each warms up
+    none, short, long = (record.first_token_ms for record in records)
+    assert none is None and short is not None and long is not None and 2 <= short < long and long >= 10
+    columns = ["first token" in [column.header for column in table(shown).columns] for shown in (records, records[:1])]
+    assert columns == [True, False]
 
 
 def test_large_models_are_checked_as_their_first_layers(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

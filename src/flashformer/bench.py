@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from . import env, models
-from .backends import Progress, no_progress
+from .backends import Progress, Turn, no_progress
 from .check import Comparison, compare, sample_tokens
 from .config import ModelConfig
 from .errors import DeviceError, InputError
@@ -135,23 +136,28 @@ class Bench:
 
     def __init__(
         self, subject: Subject, contexts: Sequence[int], tokens: int = 128, checked: bool = True, progress: Progress = no_progress,
-        kv: KvType = "native",
+        kv: KvType = "native", prompts: bool = False,
     ) -> None:  # fmt: skip
-        """Raises InputError as `starts` does, and DeviceError where there is no GPU, or the kernel is out of tolerance."""
+        """prompts: how long they take is to be measured, too, with the kernel that an engine feeds them by on this GPU.
+
+        Raises InputError as `starts` does, and DeviceError where there is no GPU, or the kernel is out of tolerance.
+        """
         from .backends.cuda import load
 
-        self.subject, self.tokens = subject, tokens
+        self.subject, self.tokens, self.prompts = subject, tokens, prompts
+        columns = gpu_target().usual_prompt_columns if prompts else 0
         self.contexts = starts(subject.config, contexts, tokens)
         self.checked: dict[str, float] | None = None
         whole = min(subject.config.max_positions, CHECK_PROMPT + CHECK_GREEDY)
-        usual = plan_for_gpu(subject.config, max(self.contexts[-1] + tokens, whole), subject.formats, kv)
+        usual = plan_for_gpu(subject.config, max(self.contexts[-1] + tokens, whole), subject.formats, kv, prompt_columns=columns)
         self.plan = tuned(usual, gpu().name)
         self.tuned = differences(usual.target, self.plan.target)
         layers = layers_to_check(subject.config)
         if checked and layers < subject.config.num_layers:
             # The first layers and the head, as a model of their own.
             cut = replace(subject.config, num_layers=layers)
-            runner = load(replace(plan_for_gpu(cut, whole, subject.formats, kv), target=self.plan.target), subject.weights, progress)
+            plan = replace(plan_for_gpu(cut, whole, subject.formats, kv, prompt_columns=columns), target=self.plan.target)
+            runner = load(plan, subject.weights, progress)
             try:
                 self.checked = check_kernel(runner, subject.weights)
             finally:
@@ -192,7 +198,21 @@ class Bench:
             date=date.today().isoformat(),
             commit=commit(),
             tuned=self.tuned,
+            first_token_ms=self.first_token(context, repeats) if self.prompts and context else None,
         )
+
+    def first_token(self, length: int, repeats: int = 5) -> float:
+        """Milliseconds from a prompt of so many tokens (one at least) to the first token behind it, as the host sees it: the median.
+
+        Nothing of the prompt is in the KV cache; what is there is overwritten.
+        """
+        prompt = sample_tokens(self.subject.config, length, seed=0)
+        times = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            for _made in self.runner.run([Turn(0, prompt, 0, 1)]):
+                times.append(time.perf_counter() - began)
+        return statistics.median(times[1:]) * 1e3  # the first warms up
 
     def trace(self, context: int) -> Trace:
         """Where the time of one token goes, `TRACE_TOKENS` - 1 positions after `context`."""

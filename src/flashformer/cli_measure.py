@@ -113,13 +113,14 @@ def check(
 @click.option("--check/--no-check", "checked", default=True, show_default=True, help="Compare the kernel with the reference first.")
 @click.option("--weights", default="", help="Of a named shape: bf16, int8, fp8, int4, mxfp4, nvfp4, nf4; of a checkpoint: native or bf16.")
 @click.option("--plain-head", is_flag=True, help="With such random weights, leave the head in 16 bits.")
+@click.option("--first-token", is_flag=True, help="Time prompts as long as each context, too, until their first token.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Merge the records into this file.")
 @click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Write the spans of one token for ui.perfetto.dev.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw where that token's time goes (.png or .svg).")
 @options.device
 @options.kv
 def bench(
-    model: str, contexts: str, tokens: int, repeats: int, baselines: str, checked: bool, weights: str, plain_head: bool,
+    model: str, contexts: str, tokens: int, repeats: int, baselines: str, checked: bool, weights: str, plain_head: bool, first_token: bool,
     json_path: Path | None, trace_path: Path | None, plot_path: Path | None, device: str, kv: KvType,
 ) -> None:  # fmt: skip
     """Measure decoding on this GPU against the read ceiling, and show where the time goes.
@@ -148,7 +149,7 @@ def bench(
     chosen = choose_baselines(name.strip() for name in baselines.split(",") if name.strip())
     gpu_target()
     with open_subject(model, weights, plain_head) as subject:
-        with bars() as told, Bench(subject, wanted, tokens, checked, told, kv) as ready:
+        with bars() as told, Bench(subject, wanted, tokens, checked, told, kv, first_token) as ready:
             if moved := set(wanted) - set(ready.contexts):
                 most = subject.config.max_positions
                 told_of = f"context {max(moved):,} is measured at {most - tokens:,}: the last {tokens} of {most:,} positions"

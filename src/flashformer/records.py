@@ -62,6 +62,7 @@ class Record(Kept):
     baselines: dict[str, float] = field(default_factory=dict)  # name -> ms per token
     baseline_versions: dict[str, str] = field(default_factory=dict)  # name -> what it was
     tuned: dict[str, Any] = field(default_factory=dict)  # numbers of the target that `flashformer tune` had changed
+    first_token_ms: float | None = None  # from a prompt of `context` tokens to the first of its answer; None: not measured
 
     @property
     def ms(self) -> float:
@@ -121,13 +122,15 @@ def table(records: Sequence[Record]) -> Table:
     first = records[0]
     names = tuple(dict.fromkeys(name for r in records for name in r.baselines))
     shown = Table(title=f"{first.model}, {first.weights}, batch 1, {first.gpu}", title_justify="left")
-    for column in ("context", "ms/token", "min", "max", "spread", "tokens/s", "GB/s", "of ceiling", *(f"vs {n}" for n in names)):
+    prompts = ("first token",) * any(r.first_token_ms is not None for r in records)
+    for column in ("context", "ms/token", "min", "max", "spread", "tokens/s", "GB/s", "of ceiling", *prompts, *(f"vs {n}" for n in names)):
         shown.add_column(column, justify="right")
     for r in records:
         low, high = r.ms_per_token["min"], r.ms_per_token["max"]
         shown.add_row(
             f"{r.context:,}", f"{r.ms:.4f}", f"{low:.4f}", f"{high:.4f}", f"{r.spread:.2%}", f"{1e3 / r.ms:.1f}",
             f"{r.bytes_per_token / r.ms / 1e6:,.0f}", f"{r.fraction_of_ceiling:.1%}",
+            *(f"{r.first_token_ms:,.1f} ms" if r.first_token_ms is not None else "" for _ in prompts),
             *(f"{r.baselines[n] / r.ms:.2f}x" if n in r.baselines else "" for n in names),
         )  # fmt: skip
     checked = "not checked against the reference"

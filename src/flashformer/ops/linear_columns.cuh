@@ -58,16 +58,17 @@ struct PlainColumns {
  private:
   template <int size, bool kLast>
   FF_DEVICE void add_wide(const Part<size, kLast>& part, u32 x) {
-    float odd[kGroups] = {};  // of odd steps: two chains of instructions that wait for each other
+    constexpr int kChains = size < 4 ? size : 4;  // of instructions that wait for each other
+    float d[kChains][4] = {};
 #pragma unroll
-    for (int i = 0; i < size; i++) {
-      const uint4& w = part.value[i];
-      const u32 cell = x + i * Panel<M, S>::kCellBytes;
-      mma<typename M::Value>(total, load_shared4(cell), w.x, w.z);
-      mma<typename M::Value>(odd, load_shared4(cell + Panel<M, S>::kCellBytes / 2), w.y, w.w);
+    for (int i = 0; i < 2 * size; i++) {  // steps
+      const uint4& w = part.value[i / 2];
+      mma<typename M::Value>(d[i % kChains], load_shared4(x + i * (Panel<M, S>::kCellBytes / 2)), i % 2 ? w.y : w.x, i % 2 ? w.w : w.z);
     }
 #pragma unroll
-    for (int j = 0; j < kGroups; j++) total[j] += odd[j];
+    for (int i = 0; i < kChains; i++)
+#pragma unroll
+      for (int j = 0; j < kGroups; j++) total[j] += d[i][j];
   }
 };
 
@@ -217,6 +218,7 @@ struct LinearColumns {
   static constexpr int kLastParts = Sums::kLastDiffers ? 1 : 0;
   static constexpr int kPairs = !M::kWide || !S::kCoded ? 0 : ceil_div(S::kTogether, 2);  // of groups, which share what they read of x
   static constexpr int kBatch = kPairs ? 2 * kPairs : S::kTogether;
+  static constexpr bool kUnrolled = M::kWide;  // the groups of a batch: to move their sums takes 5 % of a pass, and more code, if it is long, too
 
   struct Batch {
     u32 tiles, groups, first;  // of this block; of the batch
@@ -239,19 +241,21 @@ struct LinearColumns {
         continue;
       }
       const auto place = [&](u32 cell, u32 cells) { return kWhole ? x + cell * panel.kCellBytes : panel.next(cells); };
-#pragma unroll 1
+#pragma unroll (kUnrolled ? S::kTogether : 1)
       for (u32 i = 0; i < S::kTogether; i++) {
+        Sums& sum = sums[kUnrolled ? i : 0];
         const u32 group = batch.first + i;
         if (group < batch.groups) {
           typename Sums::template Part<size, kLast> now;
           load_part<S>(c, now, batch.tiles, batch.groups, group);
-          sums[0].add(now, panel, place);
+          sum.add(now, panel, place);
           if (end) {
             float all[kGroups];
-            sums[0].result(all, now, panel);
+            sum.result(all, now, panel);
             c.hand_over(all);
           }
         }
+        if constexpr (kUnrolled) continue;
         // NOTE: which of the sums are meant must be known when this is compiled, so they move on.
         const Sums first = sums[0];
 #pragma unroll

@@ -263,7 +263,13 @@ struct Panel<M, S, false> {
       const u32 step = fetched.step, cells = kLarger && step >= kLarger ? S::kStepCells - kFragmentCells : S::kStepCells;
       const u8* source = from + cell * kCellBytes;
       const u32 to = advance(fetched, cells);
-      if (!again || step >= S::kHeldSteps) {
+      if (again && step < S::kHeldSteps) {
+        // it is there
+      } else if constexpr (M::kWide) {
+        if (PanelPiece<M>{lane}.exists(columns))
+#pragma unroll 4
+          for (u32 i = 0; i < cells * kPieces; i += 32) async_copy16(to + (i + lane) * 16, source + i * 16);
+      } else {
 #pragma unroll 2  // it is there many times, and seldom in the way
         for (u32 i = 0; i < S::kStepCells * kPieces; i += 32)
           if (const PanelPiece<M> piece{i + lane}; i + lane < cells * kPieces && piece.exists(columns)) async_copy16(to + piece.place(), source + i * 16);
