@@ -92,6 +92,27 @@ def _formats(gpu: str, records: list[Record]) -> Iterator[str]:
         yield ""
 
 
+def first_tokens(records: Sequence[Record]) -> str:
+    """How long prompts take until their first token, as Markdown, for each GPU: by model, weights and length."""
+    timed = sorted((r for r in records if r.first_token_ms is not None), key=lambda r: (r.gpu, r.bytes_per_token, r.context))
+    return "".join(line + "\n" for gpu, group in groupby(timed, key=lambda r: r.gpu) for line in _first_tokens(gpu, [*group]))
+
+
+def _first_tokens(gpu: str, records: list[Record]) -> Iterator[str]:
+    """Lines about one GPU, the smallest weights first."""
+    lengths = sorted({r.context for r in records})
+    known = {(r.model, r.weights, r.context): r.first_token_ms for r in records}
+    dates = dict.fromkeys((min(r.date for r in records), max(r.date for r in records)))
+    yield f"{gpu}, {' to '.join(dates)}: milliseconds from a prompt of so many tokens to the first of its answer."
+    yield ""
+    yield f"| model | weights | {' | '.join(f'{length:,}' for length in lengths)} |"
+    yield "|---" * (len(lengths) + 2) + "|"
+    for model, weights in dict.fromkeys((r.model, r.weights) for r in records):
+        cells = [f"{ms:,.1f}" if (ms := known.get((model, weights, length))) is not None else "" for length in lengths]
+        yield f"| {model} | {weights} | {' | '.join(cells)} |"
+    yield ""
+
+
 def _versions(records: Sequence[Record], names: Sequence[str]) -> str:
     """What the baselines were."""
     known = {n: sorted({r.baseline_versions[n] for r in records if n in r.baseline_versions}) for n in names}
@@ -166,6 +187,7 @@ def cliffs_lines(records: list[Cliff]) -> Iterator[str]:
 TABLES: tuple[tuple[Path, str, str, type[Kept], Callable[[Any], str]], ...] = (
     (Path("README.md"), "decode", "decode", Record, tables),
     (Path("README.md"), "formats", "decode", Record, formats_tables),
+    (Path("README.md"), "prompts", "decode", Record, first_tokens),
     (Path("docs/performance.md"), "ablation", "ablation", Ablation, partial(sections, ablation_lines)),
     (Path("docs/performance.md"), "losses", "losses", Losses, partial(sections, losses_lines)),
     (Path("docs/performance.md"), "cliffs", "cliffs", Cliff, partial(sections, cliffs_lines)),

@@ -116,6 +116,19 @@ def test_the_table(records: list[Record]) -> None:
     assert "torch.compile: torch.compile 1.0; vllm: vllm 1.0." in lines
 
 
+def test_the_table_of_first_tokens(records: list[Record]) -> None:
+    table = script("table")
+    assert table.first_tokens(records) == ""
+    timed = [replace(r, first_token_ms=r.context / 4) for r in records if (r.model, r.context) != ("qwen3-14b", 128)]
+    lines = table.first_tokens([*records, *timed, *(replace(r, weights="int4", bytes_per_token=1) for r in timed[:1])]).splitlines()
+    assert lines[0].startswith("NVIDIA Test, 2026-01-01 to 2026-01-09: milliseconds")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:] if line.startswith("|")]
+    assert rows[0][:2] == [timed[0].model, "int4"] and len(rows) == 4
+    by_model = {row[0]: row[1:] for row in rows[1:]}
+    assert by_model["llama-3.1-8b"] == ["bf16", "32.0", "256.0", "7,500.0"]
+    assert by_model["qwen3-14b"][1] == ""  # not timed
+
+
 def formats(records: list[Record]) -> list[Record]:
     """Two of the models in fewer bytes: at the ceiling, but int4 at half of it."""
     made = []
