@@ -45,6 +45,7 @@ class Measurement:
     contexts: tuple[int, ...] = ()  # of which they are; none: of any
     count: int = 1  # how many they are at least
     beside: str = ""  # what one of them is compared with
+    timed: str = ""  # a field that one of them has
 
     def is_in(self, results: Path, commit: str) -> bool:
         """Whether its records are there, of this commit."""
@@ -55,18 +56,22 @@ class Measurement:
             if all(record[name] == value for name, value in {**self.records, "commit": commit}.items())
             if not self.contexts or {record["context"], record["context"] + TIMED}.intersection(self.contexts)
         ]
-        return len(there) >= self.count and (not self.beside or any(self.beside in record["baselines"] for record in there))
+        compared = not self.beside or any(self.beside in record["baselines"] for record in there)
+        return len(there) >= self.count and compared and (not self.timed or any(record.get(self.timed) is not None for record in there))
 
     def __str__(self) -> str:
         return " ".join((self.script, *self.options))
 
 
-def decode(model: str, weights: str, seconds: int, contexts: Sequence[int] = (1024,), kv: str = "native", beside: str = "") -> Measurement:
-    """Speed of decoding."""
+def decode(
+    model: str, weights: str, seconds: int, contexts: Sequence[int] = (1024,), kv: str = "native", beside: str = "", prompts: bool = False
+) -> Measurement:
+    """Speed of decoding; `prompts`: and of prompts, until their first token."""
     options = ["--models", model, "--weights", weights, "--contexts", ",".join(map(str, contexts)), "--kv", kv]
+    options += ["--baselines", beside or "none", *["--first-token"] * prompts]
     named = weights + ("" if kv == "native" else f", KV cache in {kv}")
-    records = {"model": model, "weights": named}
-    return Measurement("decode", (*options, "--baselines", beside or "none"), seconds, records, tuple(contexts), len(contexts), beside)
+    records, timed = {"model": model, "weights": named}, "first_token_ms" * prompts
+    return Measurement("decode", tuple(options), seconds, records, tuple(contexts), len(contexts), beside, timed)
 
 
 def columns(model: str, weights: str, seconds: int, most: int) -> Measurement:
@@ -90,10 +95,10 @@ def techniques(model: str, seconds: int) -> Measurement:
 
 def measurements() -> Iterator[Measurement]:
     """All of them, most important first."""
-    yield decode("llama-3.1-8b", "bf16", 45, CONTEXTS)
-    yield decode("llama-3.1-8b", "int4", 35, CONTEXTS)
-    yield decode("llama-3.2-1b", "bf16", 70, CONTEXTS, beside="torch.compile")
-    yield decode("llama-3.2-1b", "int4", 20)
+    yield decode("llama-3.1-8b", "bf16", 80, CONTEXTS, prompts=True)
+    yield decode("llama-3.1-8b", "int4", 65, CONTEXTS, prompts=True)
+    yield decode("llama-3.2-1b", "bf16", 80, CONTEXTS, beside="torch.compile", prompts=True)
+    yield decode("llama-3.2-1b", "int4", 40, CONTEXTS, prompts=True)
     yield decode("qwen3-0.6b", "bf16", 20, CONTEXTS)
     yield decode("llama-3.2-3b", "bf16", 35, CONTEXTS)
     yield decode("llama-3.2-3b", "int4", 25)
@@ -108,7 +113,7 @@ def measurements() -> Iterator[Measurement]:
     yield Measurement("cliffs", (), 120)
     for model, seconds in (("llama-3.2-1b", 20), ("llama-3.2-3b", 25), ("llama-3.1-8b", 30)):
         for weights in ("int8", "fp8", "mxfp4", "nf4"):
-            yield decode(model, weights, seconds)
+            yield decode(model, weights, seconds + 40 * (weights == "nf4"))  # whose reference is slow
     yield decode("qwen3-1.7b", "bf16", 25, CONTEXTS)
     yield Measurement("load", (), 90, count=2)
     yield columns("llama-3.2-1b", "bf16", 30, 8)

@@ -221,7 +221,7 @@ def test_many_contexts_are_measured_with_weights_that_were_packed_once(desk: Des
         assert record.checked["top1"] == 1 and 0 <= record.checked["kl_mean"] <= record.checked["kl_max"] < 1e-9
 
 
-def test_prompts_are_timed_until_their_first_token(desk: Desk) -> None:
+def test_prompts_are_timed_until_their_first_token(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_subject("small") as subject, Bench(subject, [0, 100, 500], tokens=16, prompts=True) as ready:
         records = [ready.measure(context, repeats=2) for context in ready.contexts]
     (runner,) = desk.runners
@@ -231,6 +231,10 @@ def test_prompts_are_timed_until_their_first_token(desk: Desk) -> None:
     assert none is None and short is not None and long is not None and 2 <= short < long and long >= 10
     columns = ["first token" in [column.header for column in table(shown).columns] for shown in (records, records[:1])]
     assert columns == [True, False]
+    monkeypatch.setattr(bench, "LONGEST_PROMPTS", 0.0)
+    with open_subject("small") as subject, Bench(subject, [100], tokens=16, prompts=True) as ready:
+        ready.measure(100, repeats=9)
+    assert desk.runners[-1].prompts == [100] * 2  # not once more than it takes
 
 
 def test_large_models_are_checked_as_their_first_layers(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

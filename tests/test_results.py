@@ -199,13 +199,13 @@ def test_decode_passes_over_contexts_that_a_model_does_not_have(monkeypatch: pyt
     asked: list[Any] = []
 
     class Refuse:
-        def __init__(self, subject: Any, contexts: list[int], *rest: Any, kv: str) -> None:
-            asked.append((subject.name, contexts, kv))
+        def __init__(self, subject: Any, contexts: list[int], *rest: Any, kv: str, prompts: bool) -> None:
+            asked.append((subject.name, contexts, kv, prompts))
             raise InputError("no GPU in this test")
 
     monkeypatch.setattr(decode, "Bench", Refuse)
-    arguments = ["--models", "qwen3-0.6b", "--kv", "fp8,native", "--baselines", "none", "--results", str(tmp_path)]
+    arguments = ["--models", "qwen3-0.6b", "--kv", "fp8,native", "--baselines", "none", "--first-token", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["decode.py", *arguments])
     with pytest.raises(SystemExit, match="error: no GPU in this test"):
         decode.main()
-    assert asked == [("qwen3-0.6b", [128, 1024, 4096, 32768], "fp8")]
+    assert asked == [("qwen3-0.6b", [128, 1024, 4096, 32768], "fp8", True)]
