@@ -97,6 +97,7 @@ def measurements() -> Iterator[Measurement]:
     """All of them, most important first."""
     yield decode("llama-3.1-8b", "bf16", 80, CONTEXTS, prompts=True)
     yield decode("llama-3.1-8b", "int4", 65, CONTEXTS, prompts=True)
+    yield Measurement("soak", (), 300)
     yield decode("llama-3.2-1b", "bf16", 80, CONTEXTS, beside="torch.compile", prompts=True)
     yield decode("llama-3.2-1b", "int4", 40, CONTEXTS, prompts=True)
     yield decode("qwen3-0.6b", "bf16", 20, CONTEXTS)
@@ -126,7 +127,6 @@ def measurements() -> Iterator[Measurement]:
     yield decode("llama-3.1-70b", "int4", 120)
     yield techniques("llama-3.2-1b", 60)
     yield techniques("qwen3-0.6b", 60)
-    yield Measurement("soak", (), 300)
 
 
 def main() -> None:

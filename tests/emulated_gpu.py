@@ -45,6 +45,7 @@ INSTRUCTIONS = {
     "ld.global.L1::no_allocate.v4.u32": "v[i] = *p;",
     "prmt.b32": "r = permute_bytes(a, b, selector);",
     "dp2a.lo.u32.u32": "r = a >> 16;",
+    "lop3.b32": "r = (a & mask) ^ flip;",
     "cvt.rn.f16x2.e4m3x2": "r = halves_of_e4m3(pair);",
     "max.u16x2": "r = larger_of_halves(a, b);",
     "fma.rn.f16x2": "r = fma_of_pairs<T>(a, b, c);",

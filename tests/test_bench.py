@@ -177,7 +177,7 @@ class FakeRunner:
         (turn,) = turns
         assert turn.start == 0 and turn.count == 1 and not self.closed
         self.prompts.append(len(turn.tokens))
-        time.sleep(len(turn.tokens) * 2e-5)
+        time.sleep(len(turn.tokens) * 1e-4)
         yield Made(0, 1, 0.0)
 
     def trace(self, start: int, count: int) -> np.ndarray:
@@ -228,7 +228,7 @@ def test_prompts_are_timed_until_their_first_token(desk: Desk, monkeypatch: pyte
     assert runner.plan.prompt_columns == get("sm_90").usual_prompt_columns > 0
     assert runner.prompts == [100] * 3 + [500] * 3  # the first of each warms up
     none, short, long = (record.first_token_ms for record in records)
-    assert none is None and short is not None and long is not None and 2 <= short < long and long >= 10
+    assert none is None and short is not None and long is not None and 10 <= short < long and long >= 50
     columns = ["first token" in [column.header for column in table(shown).columns] for shown in (records, records[:1])]
     assert columns == [True, False]
     monkeypatch.setattr(bench, "LONGEST_PROMPTS", 0.0)

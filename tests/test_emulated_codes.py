@@ -36,7 +36,7 @@ WORKERS = 3
 SIZES: dict[str, Any] = {"hidden_size": 256, "head_dim": 32, "intermediate_size": 1184, "vocab_size": 291, "tie_word_embeddings": True}
 # Instructions as the emulator has them, by the first word of their names.
 INSTRUCTIONS = {
-    "prmt": "r = prmt(a, b, selector);", "dp2a": "r = a >> 16;", "redux": "top = largest_of_lanes(top);",
+    "prmt": "r = prmt(a, b, selector);", "dp2a": "r = a >> 16;", "lop3": "r = (a & mask) ^ flip;", "redux": "top = largest_of_lanes(top);",
     "max": "r = larger_of_halves(a, b);", "mma": "multiply_bytes<kSigned>(d, a, b0, b1);", "cvt": "r = halves_of_e4m3(pair);",
 }  # fmt: skip
 

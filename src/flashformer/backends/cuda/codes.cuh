@@ -16,6 +16,12 @@ FF_DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
   return r;
 }
+// (a & mask) ^ flip. NOTE: the compiler makes two operations of it where both are constants.
+FF_DEVICE u32 and_xor(u32 a, u32 mask, u32 flip) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(r) : "r"(a), "r"(mask), "r"(flip));
+  return r;
+}
 FF_DEVICE u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // ---- scales, of one row and group each ----

@@ -106,7 +106,7 @@ struct CodeValues<T, F, HalfByte> {
   }
 
  private:
-  static FF_DEVICE u32 codes(u32 word, int upper) { return (word >> 4 * upper & 0x0f0f0f0fu) ^ (upper ? 0x08080808u : 0); }
+  static FF_DEVICE u32 codes(u32 word, int upper) { return upper ? and_xor(word >> 4, 0x0f0f0f0fu, 0x08080808u) : word & 0x0f0f0f0fu; }
 };
 
 // Small multiples, as bytes that are 64 more.

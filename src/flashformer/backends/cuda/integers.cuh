@@ -76,7 +76,7 @@ struct HalfByte : OneOperand {
  private:
   static constexpr u32 kLow = 0x0f0f0f0fu;
   static FF_DEVICE u32 upper(u32 word) { return word & ~kLow; }
-  static FF_DEVICE u32 raised(u32 word) { return (word << 4 & ~kLow) ^ 0x80808080u; }
+  static FF_DEVICE u32 raised(u32 word) { return and_xor(word << 4, ~kLow, 0x80808080u); }
 };
 
 // a >> 16, by the pipe that multiplies: the one that shifts is busy with permutations.
