@@ -35,9 +35,8 @@ def _section(gpu: str, weights: str, records: list[Record]) -> Iterator[str]:
     """Lines about one GPU and one format."""
     models = sorted({r.model for r in records}, key=lambda m: min(r.bytes_per_token for r in records if r.model == m))
     contexts = sorted({r.context for r in records})
-    dates = dict.fromkeys((min(r.date for r in records), max(r.date for r in records)))
     known = {(r.model, r.context): r for r in records}
-    yield f"{gpu}, {weights}, batch 1, greedy, {' to '.join(dates)}: tokens/s, and bytes read as a share of the read ceiling, by context:"
+    yield f"{gpu}, {weights}, batch 1, greedy, {_dates(records)}: tokens/s, and bytes read as a share of the read ceiling, by context:"
     yield ""
     yield f"| model | {' | '.join(f'{c:,}' for c in contexts)} |"
     yield "|---" * (len(contexts) + 1) + "|"
@@ -76,8 +75,7 @@ def _formats(gpu: str, records: list[Record]) -> Iterator[str]:
     size = {r.model: r.bytes_per_token for r in shown}  # of the smallest format: the records come by bytes
     shown.sort(key=lambda r: (size[r.model], r.model, r.context))
     names = list(dict.fromkeys(n for r in shown for n in r.baselines))
-    dates = dict.fromkeys((min(r.date for r in shown), max(r.date for r in shown)))
-    yield f"{gpu}, batch 1, greedy, {' to '.join(dates)}:"
+    yield f"{gpu}, batch 1, greedy, {_dates(shown)}:"
     yield ""
     yield f"| model | weights | context | ms per token | tokens/s | of the ceiling | {' | '.join(['beside bf16', *names])} |"
     yield "|---" * (7 + len(names)) + "|"
@@ -102,8 +100,7 @@ def _first_tokens(gpu: str, records: list[Record]) -> Iterator[str]:
     """Lines about one GPU, the smallest weights first."""
     lengths = sorted({r.context for r in records})
     known = {(r.model, r.weights, r.context): r.first_token_ms for r in records}
-    dates = dict.fromkeys((min(r.date for r in records), max(r.date for r in records)))
-    yield f"{gpu}, {' to '.join(dates)}: milliseconds from a prompt of so many tokens to the first of its answer."
+    yield f"{gpu}, {_dates(records)}: milliseconds from a prompt of so many tokens to the first of its answer."
     yield ""
     yield f"| model | weights | {' | '.join(f'{length:,}' for length in lengths)} |"
     yield "|---" * (len(lengths) + 2) + "|"
@@ -111,6 +108,11 @@ def _first_tokens(gpu: str, records: list[Record]) -> Iterator[str]:
         cells = [f"{ms:,.1f}" if (ms := known.get((model, weights, length))) is not None else "" for length in lengths]
         yield f"| {model} | {weights} | {' | '.join(cells)} |"
     yield ""
+
+
+def _dates(records: Sequence[Kept]) -> str:
+    """The first day and the last."""
+    return " to ".join(dict.fromkeys((min(r.date for r in records), max(r.date for r in records))))
 
 
 def _versions(records: Sequence[Record], names: Sequence[str]) -> str:
@@ -130,9 +132,8 @@ def sections(lines: Callable[[list[Any]], Iterator[str]], records: Sequence[Any]
 
 def _where(records: Sequence[Any]) -> str:
     """GPU, context, dates and commits of a section."""
-    dates = dict.fromkeys((min(r.date for r in records), max(r.date for r in records)))
     commits = dict.fromkeys(r.commit for r in records)
-    return f"{records[0].gpu}, {records[0].context:,} positions, {' to '.join(dates)}, commit {', '.join(commits)}:"
+    return f"{records[0].gpu}, {records[0].context:,} positions, {_dates(records)}, commit {', '.join(commits)}:"
 
 
 def ablation_lines(records: list[Ablation]) -> Iterator[str]:

@@ -52,7 +52,7 @@ struct Consumer {
       constexpr u32 kChunkTiles = S::kStack * S::kWarpsRows;
       const u32 chunk = group / S::kStack, left = tiles - chunk * kChunkTiles;
       Loaded<S, kSize, part + 1 == S::kParts> now;
-      now.load(u32(chunks[chunk * S::kParts + part]), left < kChunkTiles ? left : kChunkTiles, group % S::kStack * 8 + warp, lane);
+      now.load(u32(chunks[chunk * S::kParts + part]), left < kChunkTiles ? left : kChunkTiles, group % S::kStack * 8 + warp, lane, 0);
       product.template add<first>(now, operand, lane);
       add_parts<part + 1, first + kSize>(product, group);
     }

@@ -33,10 +33,10 @@ struct GroupChunk {
 
 // Slices of a part of a group of tiles, as soon as its chunk has landed: the first ones of the part, or the last, or both.
 template <class S, bool kFirst = true, bool kLast = true, class C, class Part>
-FF_DEVICE void load_part(C& c, Part& to, u32 tiles, u32 groups, u32 group) {
+FF_DEVICE void load_part(C& c, Part& to, u32 tiles, u32 groups, u32 group, u32 from = 0) {
   const GroupChunk<S> chunk(tiles, groups, group);
   if (kFirst && chunk.begins) c.acquire();
-  to.load(c.chunk_address(), chunk.tiles, chunk.warp + c.warp, c.lane);
+  to.load(c.chunk_address(), chunk.tiles, chunk.warp + c.warp, c.lane, from);
   if (kLast && chunk.ends) c.release();
 }
 
@@ -95,8 +95,8 @@ struct CodedLinear {
   static FF_DEVICE void add_slices(Consumer<M>& c, Product& product, const X& x, u32 tiles, u32 groups, u32 group) {
     constexpr int kSize = part_size(S::kFragments, S::kParts, part);
     constexpr int kCount = Product::kAtOnce < kSize - from ? Product::kAtOnce : kSize - from;
-    Loaded<S, kSize, part + 1 == S::kParts, false, from, kCount> now;
-    load_part<S, from == 0, from + kCount == kSize>(c, now, tiles, groups, group);
+    Loaded<S, kSize, part + 1 == S::kParts, false, kCount> now;
+    load_part<S, from == 0, from + kCount == kSize>(c, now, tiles, groups, group, from);
     u32 lane = c.lane;
     if constexpr (X::kLean) asm volatile("" : "+r"(lane));  // what follows from it stays here: hoisted, it would spill
     product.template add<first + from>(now, x, lane);

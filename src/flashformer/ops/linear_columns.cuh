@@ -16,7 +16,7 @@ struct PlainColumns {
   template <int size, bool>
   struct Part {
     uint4 value[size];
-    FF_DEVICE void load(u32 at, u32, u32 warp, u32 lane) {
+    FF_DEVICE void load(u32 at, u32, u32 warp, u32 lane, u32) {
 #pragma unroll
       for (int i = 0; i < size; i++) value[i] = load_shared4(at + warp * (size * 512) + lane * 16 + i * 512);
     }
@@ -218,7 +218,7 @@ struct LinearColumns {
   static constexpr int kLastParts = Sums::kLastDiffers ? 1 : 0;
   static constexpr int kPairs = !M::kWide || !S::kCoded ? 0 : ceil_div(S::kTogether, 2);  // of groups, which share what they read of x
   static constexpr int kBatch = kPairs ? 2 * kPairs : S::kTogether;
-  static constexpr bool kUnrolled = M::kWide;  // the groups of a batch: to move their sums takes 5 % of a pass, and more code, if it is long, too
+  static constexpr bool kUnrolled = M::kWide;  // the groups of a batch, whose sums do not move then; with fewer columns they may be eight
 
   struct Batch {
     u32 tiles, groups, first;  // of this block; of the batch
@@ -232,7 +232,7 @@ struct LinearColumns {
     constexpr u32 kCells = S::kFragmentColumns / 32;
 #pragma unroll 1
     for (u32 part = 0; part < parts; part++) {
-      constexpr bool kWhole = !Panel<M, S>::kSlices;  // x comes part by part
+      constexpr bool kWhole = !S::kSlices;  // x comes part by part
       u32 x = 0;
       if constexpr (kWhole) x = panel.next(size * kCells);
       const bool end = ends && part + 1 == parts;
@@ -255,12 +255,7 @@ struct LinearColumns {
             c.hand_over(all);
           }
         }
-        if constexpr (kUnrolled) continue;
-        // NOTE: which of the sums are meant must be known when this is compiled, so they move on.
-        const Sums first = sums[0];
-#pragma unroll
-        for (int k = 1; k < S::kTogether; k++) sums[k - 1] = sums[k];
-        sums[S::kTogether - 1] = first;
+        if constexpr (!kUnrolled) move_on<1>(sums);
       }
     }
   }
@@ -269,29 +264,36 @@ struct LinearColumns {
   template <int size, bool kLast>
   static FF_DEVICE void add_pairs(Consumer<M>& c, Panel<M, S>& panel, Sums (&sums)[kBatch], const Batch& batch, u32 x, bool end) {
     u32 mark = 0;
-    if constexpr (Panel<M, S>::kSlices) mark = panel.mark();
+    if constexpr (S::kSlices) mark = panel.mark();
 #pragma unroll 1
     for (u32 pair = 0; pair < kPairs; pair++) {
       const u32 first = batch.first + 2 * pair;
       if (first < batch.groups) {
         const bool last = pair + 1 == kPairs || first + 2 >= batch.groups;
-        if constexpr (Panel<M, S>::kSlices && kPairs > 1)
+        if constexpr (S::kSlices && kPairs > 1)
           if (pair > 0) panel.again_from(mark);
         Sums two[2] = {sums[0], sums[1]};
         add_two<size, kLast>(c, two, batch, first, end, [&](u32 slice) {
-          if constexpr (Panel<M, S>::kSlices) return panel.next(4, slice == 0 ? pair == 0 : last);
-          else return x + slice * (4 * panel.kCellBytes);
+          if constexpr (S::kSlices) return panel.next(4, slice == 0 ? pair == 0 : last) + panel.own();
+          else return x + slice * (4 * panel.kCellBytes) + panel.own();
         });
         sums[0] = two[0], sums[1] = two[1];
       }
-      // NOTE: as below.
-      const Sums moved[2] = {sums[0], sums[1]};
-#pragma unroll
-      for (int k = 2; k < kBatch; k++) sums[k - 2] = sums[k];
-      sums[kBatch - 2] = moved[0], sums[kBatch - 1] = moved[1];
+      move_on<2>(sums);
     }
   }
-  // A part of two groups, slice by slice: place(slice). NOTE: the last group of an odd number is multiplied twice.
+  // The first n sums of a batch become the last. NOTE: which of them are meant must be known when this is compiled, so they move.
+  template <int n>
+  static FF_DEVICE void move_on(Sums (&sums)[kBatch]) {
+    Sums first[n];
+#pragma unroll
+    for (int k = 0; k < n; k++) first[k] = sums[k];
+#pragma unroll
+    for (int k = n; k < kBatch; k++) sums[k - n] = sums[k];
+#pragma unroll
+    for (int k = 0; k < n; k++) sums[kBatch - n + k] = first[k];
+  }
+  // A part of two groups, slice by slice. place(slice): where a lane's x of it is. NOTE: the last group of an odd number is multiplied twice.
   template <int size, bool kLast, class Place>
   static FF_DEVICE void add_two(Consumer<M>& c, Sums (&sums)[2], const Batch& batch, u32 group, bool end, Place place) {
     const bool both = group + 1 < batch.groups;
@@ -305,7 +307,7 @@ struct LinearColumns {
     for (u32 slice = 0; slice < size; slice++) {
       now[0].load(places[0], first.tiles, first.warp + c.warp, c.lane, slice);
       now[1].load(places[1], second.tiles, second.warp + c.warp, c.lane, slice);
-      Sums::add_two(sums, now, place(slice) + c.lane * 16);
+      Sums::add_two(sums, now, place(slice));
     }
     if (first.ends) c.release();
     if (both && second.ends) c.release();

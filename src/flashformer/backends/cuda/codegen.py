@@ -228,6 +228,7 @@ class Panel:
     held: int  # steps that stay; the others come anew for each batch of groups of tiles
     buffers: int  # places for these, of the largest step
     nbytes: int  # of all warps
+    slices: bool  # whether what comes anew comes slice by slice of codes, not part by part of a tile
 
 
 def panel(plan: Plan, g: Geometry) -> Panel:
@@ -238,8 +239,9 @@ def panel(plan: Plan, g: Geometry) -> Panel:
     held, buffers, room = len(steps), 0, plan.target.panel_room(g.format) // cell_bytes
     if sum(steps) > room and held > 2:
         buffers = max(2, min(SLICE_BUFFERS if slices else PART_BUFFERS, room // steps[0]))
+        # NOTE: none stays of what is read by several groups, or pairs of groups, before the next comes.
         held = max(0, room // steps[0] - buffers) if g.together <= (2 if slices else 1) else 0
-    return Panel(steps, held, buffers, cell_bytes * (sum(steps[:held]) + buffers * steps[0]))
+    return Panel(steps, held, buffers, cell_bytes * (sum(steps[:held]) + buffers * steps[0]), slices and buffers > 0)
 
 
 def piece_step(plan: Plan) -> int:
@@ -518,6 +520,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                     ("int", "kHeldSteps", p.held),
                     ("int", "kHeldCells", sum(p.steps[: p.held])),
                     ("int", "kBuffers", p.buffers),
+                    ("bool", "kSlices", p.slices),
                 ]
             if g.format != PLAIN:
                 text.extend(describe_format(g.format))

@@ -296,8 +296,8 @@ struct ScalePlace {
   }
 };
 
-// The scales of a row in slices [kFrom, kFrom + kCount) of a part of `size`. kAll: of all columns, not only of the 32 of a slice that a lane sums.
-template <class S, int size, bool kLast, bool kAll, int kFrom, int kCount>
+// The scales of a row in kCount slices of a part of `size`. kAll: of all columns, not only of the 32 of a slice that a lane sums.
+template <class S, int size, bool kLast, bool kAll, int kCount>
 struct LoadedScales {
   using F = typename S::Format;
   using Place = ScalePlace<S, size, kLast>;
@@ -308,15 +308,15 @@ struct LoadedScales {
   Raw scale[kScales][kPicks], offset[kScales][kPicks];
   float divisor;
 
-  // lane: whose row, and columns. slice: that comes in place of the first of the part.
-  FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane, u32 slice = 0) {
-    const u32 scales = Place::at(at, tiles, warp, kAll ? lane & ~3u : lane) + slice * Place::kSliceStep;
+  // lane: whose row, and columns. first: slice of the part.
+  FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane, u32 first) {
+    const u32 scales = Place::at(at, tiles, warp, kAll ? lane & ~3u : lane) + first * Place::kSliceStep;
     if constexpr (F::kGroup != 0 || kLast) {
 #pragma unroll
       for (int i = 0; i < kScales; i++)
 #pragma unroll
         for (int j = 0; j < kPicks; j++) {
-          const u32 from = scales + (F::kGroup ? kFrom + i : 0) * Place::kSliceStep + j * Place::kGroupBytes;
+          const u32 from = scales + i * Place::kSliceStep + j * Place::kGroupBytes;
           scale[i][j] = F::Scale::load(from);
           if constexpr (kOffsets) offset[i][j] = F::Scale::load(from + Place::kRowsBytes);
         }
@@ -329,27 +329,27 @@ struct LoadedScales {
 };
 
 // What a lane needs of those slices: codes and scales, from a chunk that has landed.
-template <class S, int size, bool kLast, bool kAll = false, int kFrom = 0, int kCount = size>
-struct Loaded : LoadedScales<S, size, kLast, kAll, kFrom, kCount> {
-  using Scales = LoadedScales<S, size, kLast, kAll, kFrom, kCount>;
+template <class S, int size, bool kLast, bool kAll = false, int kCount = size>
+struct Loaded : LoadedScales<S, size, kLast, kAll, kCount> {
+  using Scales = LoadedScales<S, size, kLast, kAll, kCount>;
   static constexpr int kLoads = S::Format::Code::kBits / 4;  // of 16 bytes, a slice
   static constexpr int kSlices = kCount;
   uint4 raw[kCount][kLoads];
 
   // From the chunk at `at`, which has so many tiles; `warp` counts the warps of all its tiles.
-  FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane) {
-    load_codes(at, warp, lane);
-    Scales::load(at, tiles, warp, lane);
+  FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane, u32 first) {
+    load_codes(at, warp, lane, first);
+    Scales::load(at, tiles, warp, lane, first);
   }
 
  protected:
-  FF_DEVICE void load_codes(u32 at, u32 warp, u32 lane, u32 slice = 0) {
+  FF_DEVICE void load_codes(u32 at, u32 warp, u32 lane, u32 first) {
     constexpr int kSliceBytes = Scales::Place::kSliceBytes;
-    const u32 codes = at + (warp * size + slice) * kSliceBytes + lane * 16;
+    const u32 codes = at + (warp * size + first) * kSliceBytes + lane * 16;
 #pragma unroll
     for (int i = 0; i < kCount; i++)
 #pragma unroll
-      for (int j = 0; j < kLoads; j++) raw[i][j] = load_shared4(codes + (kFrom + i) * kSliceBytes + j * 512);
+      for (int j = 0; j < kLoads; j++) raw[i][j] = load_shared4(codes + i * kSliceBytes + j * 512);
   }
 };
 
@@ -360,8 +360,8 @@ struct WholeRow {
   typename F::Scale::Raw scale, offset;  // where all columns have one
   float divisor;
 
-  template <int size, bool kLast, bool kAll, int kFrom, int kCount>
-  FF_DEVICE void take(const LoadedScales<S, size, kLast, kAll, kFrom, kCount>& part) {
+  template <int size, bool kLast, bool kAll, int kCount>
+  FF_DEVICE void take(const LoadedScales<S, size, kLast, kAll, kCount>& part) {
     if constexpr (F::kGroup == 0 && kLast) scale = part.scale[0][0], offset = part.offset[0][0];
     if constexpr (F::Scale::kDivided && kLast) divisor = part.divisor;
   }

@@ -167,8 +167,8 @@ struct CodeValues<T, F, Byte> {
 
 // One slice of a part, of 16 columns: a lane needs the scales of two rows, 2 t and 2 t + 1.
 template <class S, int size, bool kLast>
-struct WideSlice : Loaded<S, size, kLast, true, 0, 1> {
-  using Even = Loaded<S, size, kLast, true, 0, 1>;
+struct WideSlice : Loaded<S, size, kLast, true, 1> {
+  using Even = Loaded<S, size, kLast, true, 1>;
   typename Even::Scales odd;
 
   FF_DEVICE void load(u32 at, u32 tiles, u32 warp, u32 lane, u32 slice) {

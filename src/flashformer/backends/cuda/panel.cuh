@@ -130,7 +130,7 @@ struct PanelPiece {
 // NOTE: the warps of a block must have met since they used what lies in its place.
 template <class M, class S, bool all = S::kBuffers == 0>
 struct Panel {
-  static constexpr bool kHeld = true, kSlices = false;
+  static constexpr bool kHeld = true;
   static constexpr u32 kCellBytes = M::kColumns * 64;  // of all columns
   u32 lane, columns;
   u32 first;    // where it is
@@ -195,8 +195,7 @@ struct Panel {
 template <class M, class S>
 struct Panel<M, S, false> {
   static constexpr bool kHeld = false;
-  static constexpr bool kSlices = S::kCoded && (M::kWide || S::kTogether == 1);
-  static constexpr int kSteps = kSlices ? S::kFragments : S::kParts;
+  static constexpr int kSteps = S::kSlices ? S::kFragments : S::kParts;
   static constexpr u32 kCellBytes = M::kColumns * 64;
   u32 lane, columns;
 
@@ -230,7 +229,7 @@ struct Panel<M, S, false> {
  private:
   static constexpr int kAhead = S::kBuffers - 1;
   static constexpr u32 kFragmentCells = S::kFragmentColumns / 32;
-  static constexpr u32 kLarger = kSlices ? 0 : S::kFragments % S::kParts;  // steps with one fragment more: the first ones
+  static constexpr u32 kLarger = S::kSlices ? 0 : S::kFragments % S::kParts;  // steps with one fragment more: the first ones
   struct Cursor {
     u32 step = 0;
     u32 at, buffer;  // place of a step that stays, and of one that does not
