@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import ablation
 import columns
 import pytest
 import sampling
+import soak
 import variants
 
 from emulated_gpu import compile_source, emulated_gpu
@@ -31,7 +33,7 @@ MODEL = ModelConfig(
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     emulated_gpu(monkeypatch, workers=3)
     monkeypatch.setattr(CudaRunner, "read_bandwidth", lambda runner: 1000.0)
-    for script in (ablation, columns, sampling, variants):
+    for script in (ablation, columns, sampling, soak, variants):
         monkeypatch.setattr(script, "shape", lambda name: MODEL)
     for script, short, long in ((columns, 2, 6), (sampling, 1, 2)):
         monkeypatch.setattr(script, "SHORT", short)
@@ -57,6 +59,22 @@ def test_columns(called: Callable[..., None], tmp_path: Path) -> None:
     assert [(r.columns, r.load) for r in found] == [(1, "1 sequences"), (2, "1 sequences"), (2, "2 sequences"), (2, "prompt")]
     assert all(r.checked and r.ms["min"] <= r.ms["median"] and (r.host_us is None) == (r.load != "1 sequences") for r in found)
     assert [r.ratio for r in found[:2]] == [1.0, 1.0]  # the second one was measured anew, without the others
+
+
+def test_soak(called: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that come and go, with numbers that wrap; and memory that is lost is an error, but not what slots claim at first."""
+    for name, value in {"ANSWERS": 3, "MOST_TOKENS": 5, "MOST_PROMPT": 6, "WRAP_EVERY": 8}.items():
+        monkeypatch.setattr(soak, name, value)
+    arguments = f"--model x --columns 2 --slots 2 --operations 24 --tokens 20 --commit abc --results {tmp_path}"
+    free = iter([2000, 1000, 1000, 2000, 1000, 999])
+    monkeypatch.setattr(soak.Soak, "free_bytes", lambda self: next(free))
+    called(soak.main, *arguments.split())
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())
+    assert found["operations"] >= 24 and found["tokens"] >= 20 and found["wraps"] >= 2 and found["finished"] > 0
+    assert found["all_slots_free"] and found["bytes_lost"] == 0 and found["commit"] == "abc"
+    with pytest.raises(SystemExit, match="1 bytes of the GPU's memory were lost"):
+        called(soak.main, *arguments.split())
 
 
 def build(plan: Plan, patches: list[list[str]]) -> object:
