@@ -142,7 +142,7 @@ def test_a_real_shape(kv_type: KvType, record_property: Callable[[str, object], 
         runner.context.wait()
         runner.context.download(runner.params.kv, blocks, "the KV cache")
         scales = 2 * BLOCK_POSITIONS * plan.kv.scale_bytes
-        assert (blocks[:, -scales:].copy().view(ml_dtypes.bfloat16) == ml_dtypes.bfloat16(1 / CODES[kv_type][1])).all()
+        assert (blocks[:, -scales:].copy().view(ml_dtypes.bfloat16) == ml_dtypes.bfloat16(1 / CODES[kv_type][1][0])).all()
         codes = blocks[:, :-scales].copy().view(CODES[kv_type][0]).astype(np.float32)
         assert np.isfinite(codes).all() and len(np.unique(codes)) > 200
         assert np.isfinite(runner.logits([1, 2, 3], 4000)).all()

@@ -62,15 +62,27 @@ def native(reference: Reference, tokens: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kv_type", EIGHT)
-def test_the_largest_value_has_the_largest_code(kv_type: KvType) -> None:
+def test_the_largest_value_has_a_large_code(kv_type: KvType) -> None:
     sizes = np.float32(10) ** np.arange(-12, 13)
     x = np.random.default_rng(1).normal(size=(25, 3, 24)).astype(np.float32) * sizes[:, None, None]
     codes, scale = encode(x, kv_type)
     assert codes.shape == x.shape and codes.dtype == CODES[kv_type][0] and scale.dtype == ml_dtypes.bfloat16
     largest = np.abs(codes.astype(np.float32)).max(axis=-1)
-    assert (largest == CODES[kv_type][1]).all()
+    assert set(largest.reshape(-1).tolist()) == set(CODES[kv_type][1])
     step = 1 / 254 if kv_type == "int8" else 1 / 28
     assert (np.abs(round_trip(x, kv_type) - x) <= 1.01 * step * np.abs(x).max(axis=-1, keepdims=True)).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_best_of_some_codes_loses_less(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    x = np.random.default_rng(3).normal(size=(500, 2, head_dim)).astype(np.float32)
+    lost = ((round_trip(x, "fp8") - x) ** 2).sum(axis=-1)
+    dtype, codes = CODES["fp8"]
+    each = []
+    for code in codes:
+        monkeypatch.setitem(CODES, "fp8", (dtype, (code,)))
+        each.append(((round_trip(x, "fp8") - x) ** 2).sum(axis=-1))
+    assert np.allclose(lost, np.min(each, axis=0)) and lost.mean() < 0.87 * each[0].mean()
 
 
 @pytest.mark.parametrize("kv_type", EIGHT)

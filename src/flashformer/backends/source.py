@@ -19,7 +19,9 @@ def constants(facts: Iterable[tuple[str, str, object]]) -> list[str]:
 
 
 def literal(value: object) -> str:
-    """A C++ literal; floats are single."""
+    """A C++ literal; floats are single. A tuple is what an array holds, whose name ends in []."""
+    if isinstance(value, tuple):
+        return f"{{{', '.join(map(literal, value))}}}"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):

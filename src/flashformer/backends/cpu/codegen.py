@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...formats import Format
 from ...geometry import Geometry, ceil_div, choose_geometry, round_up
+from ...ops.attention import CODES
 from ...plan import LEAST_SCALE, Plan, Stage
 from ..sampling import SAMPLING
 from ..sequence import SEQUENCE
@@ -370,6 +371,7 @@ def generate(plan: Plan) -> Source:
         f"  using Table = {table_type};",
         f"  using KvType = {camel(kv.type)};",
         *constants(model),
+        *constants(("float", "kKvLargest[]", CODES[t][1]) for t in CODES if t == kv.type),
         "};",
         "",
         "namespace stage {",

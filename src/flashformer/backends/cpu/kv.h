@@ -110,23 +110,37 @@ struct KvBlock {
   static void scale(float* values, int count, const u16* scales) {
     for (int i = 0; i < count; i++) values[i] *= Bfloat16::widen(scales[i]);
   }
-  // With this scale the largest value has the largest code.
+  // With this scale the largest value has one of the codes that it may have: with which the least is lost, in squares.
   static float put_scale(u16* to, const float* vector) {
-    u32 largest = bits_as<u32>(M::kKvLeastScale * Code::kLargest);  // as bits, in whose order a NaN is larger than all
+    constexpr int kTries = sizeof M::kKvLargest / sizeof M::kKvLargest[0];
+    u32 largest = bits_as<u32>(M::kKvLeastScale * M::kKvLargest[0]);  // as bits, in whose order a NaN is larger than all
     for (int d = 0; d < M::kHeadDim; d++) largest = std::max(largest, bits_as<u32>(vector[d]) & 0x7fffffff);
-    *to = Bfloat16::narrow(bits_as<float>(largest) * (1 / Code::kLargest));
+    float least = 0;
+    for (int i = 0; i < kTries; i++) {
+      const u16 scale = Bfloat16::narrow(bits_as<float>(largest) * (1 / M::kKvLargest[i]));
+      float lost = 0;
+      if constexpr (kTries > 1) lost = loss(vector, Bfloat16::widen(scale));
+      if (i == 0 || lost < least) least = lost, *to = scale;
+    }
     return Bfloat16::widen(*to);
+  }
+  static float loss(const float* vector, float scale) {
+    const float inverse = 1.0f / scale;
+    float lost = 0;
+    for (int d = 0; d < M::kHeadDim; d++) {
+      const float off = Code::value(Code::encode(vector[d] * inverse)) * scale - vector[d];
+      lost += off * off;
+    }
+    return lost;
   }
 };
 
 // NOTE: a code is always finite; what is not is in the scale.
 struct Int8 : Integer {
-  static constexpr float kLargest = 127;
-  static u8 encode(float x) { return std::abs(x) <= kLargest + 0.5f ? u8(std::int8_t(std::nearbyint(x))) : 0; }
+  static u8 encode(float x) { return std::abs(x) <= 127.5f ? u8(std::int8_t(std::nearbyint(x))) : 0; }
 };
 
 struct Fp8 : E4m3 {
-  static constexpr float kLargest = 448;
   // To nearest, ties to even.
   static u8 encode(float x) {
     const u32 bits = bits_as<u32>(x), magnitude = bits & 0x7fffffff;

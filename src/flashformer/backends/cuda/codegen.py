@@ -17,6 +17,7 @@ import numpy as np
 from ...errors import PlanError
 from ...formats import PLAIN, Format
 from ...geometry import PART_BUFFERS, SLICE_BUFFERS, WIDE, Geometry, ceil_div, round_up
+from ...ops.attention import CODES
 from ...plan import COLUMN_HEADS, LEAST_SCALE, Buffer, Plan, Stage
 from ..sampling import MAX_LOGPROBS, SAMPLING, SamplingStruct
 from ..sequence import SEQUENCE
@@ -486,6 +487,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append(f"  using Value = {value};")
     text.append(f"  using KvType = {camel(kv.type)};")
     text += constants(model)
+    text += constants(("float", "kKvLargest[]", CODES[t][1]) for t in CODES if t == kv.type)
     *steps, (_, least) = t.window
     window = "".join(f"waiting < {count * SLOT_BYTES // slot} ? {nbytes} : " for count, nbytes in steps) + str(least)
     text.append(f"  static FF_DEVICE u32 window(u32 waiting) {{ return {window}; }}  // bytes in flight")

@@ -141,15 +141,33 @@ struct KvBlock {
   struct Scale {
     float scale, inverse;
   };
-  // For a vector spread over the lanes: its largest value has the largest code.
+  // For a vector spread over the lanes: its largest value has one of the codes that it may have, with which the least is lost, in squares.
   template <int n>
   static FF_DEVICE Scale scale_of(const float (&low)[n], const float (&high)[n]) {
-    u32 largest = __float_as_uint(M::kKvLeastScale * Code::kLargest);  // as bits, in whose order a NaN is larger than all
+    constexpr int kTries = sizeof M::kKvLargest / sizeof M::kKvLargest[0];
+    u32 largest = __float_as_uint(M::kKvLeastScale * M::kKvLargest[0]);  // as bits, in whose order a NaN is larger than all
 #pragma unroll
     for (int r = 0; r < n; r++) largest = max(largest, max(__float_as_uint(fabsf(low[r])), __float_as_uint(fabsf(high[r]))));
     largest = __reduce_max_sync(kAllLanes, largest);
-    const float scale = Bfloat16::unpack((u16)Bfloat16::pack(__uint_as_float(largest) * (1 / Code::kLargest), 0));
-    return {scale, 1 / scale};
+    float scale[kTries], lost[kTries] = {};
+#pragma unroll
+    for (int i = 0; i < kTries; i++) {
+      scale[i] = Bfloat16::unpack((u16)Bfloat16::pack(__uint_as_float(largest) * (1 / M::kKvLargest[i]), 0));
+      if constexpr (kTries > 1) {
+        const Scale tried{scale[i], 1 / scale[i]};
+#pragma unroll
+        for (int r = 0; r < n; r++) {
+          const float a = rounded(low[r], tried) - low[r], b = rounded(high[r], tried) - high[r];
+          lost[i] += a * a + b * b;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTries; i++) {
+      if (kTries > 1) lost[i] = warp_sum(lost[i]);
+      if (lost[i] < lost[0]) lost[0] = lost[i], scale[0] = scale[i];
+    }
+    return {scale[0], 1 / scale[0]};
   }
   static FF_DEVICE float rounded(float x, const Scale& s) { return Code::value(Code::encode(x * s.inverse)) * s.scale; }
 
@@ -198,7 +216,7 @@ struct KvBlock {
 // A code: its values in bytes 0 and 2, or 1 and 3, of a word as two fp16 values, 1 / kFactor of what they stand for.
 
 struct Int8 {
-  static constexpr float kLargest = 127, kFactor = 1;
+  static constexpr float kFactor = 1;
   static FF_DEVICE u32 encode(float x) { return __float2int_rn(x) & 255; }
   static FF_DEVICE float value(u32 code) { return (float)(signed char)code; }
   static FF_DEVICE u32 even(u32 codes) { return shifted(__byte_perm(codes ^ kOffset, kThousand, 0x5250)); }
@@ -215,7 +233,7 @@ struct Int8 {
 };
 
 struct Fp8 {  // e4m3: in the place of fp16, only the exponent's bias differs, by 8; also of subnormals
-  static constexpr float kLargest = 448, kFactor = 256;
+  static constexpr float kFactor = 256;
   // To nearest, ties to even.
   static FF_DEVICE u32 encode(float x) {
     const u32 bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;

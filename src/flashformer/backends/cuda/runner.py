@@ -355,7 +355,7 @@ class CudaRunner(Launcher):
         kind = KINDS["fp8" if kv.type == "fp8" else "int", 8]
         fill("flashformer_random_codes", nbytes, *map(ctypes.c_uint32, (kind, 0, 0)))  # no code stands for another
         # One scale for all, so that values lie between -1 and 1.
-        scale, scales = int(np.array(1 / CODES[kv.type][1], ml_dtypes.bfloat16).view(np.uint16)), 2 * BLOCK_POSITIONS
+        scale, scales = int(np.array(1 / CODES[kv.type][1][0], ml_dtypes.bfloat16).view(np.uint16)), 2 * BLOCK_POSITIONS
         at = address + kv.block_bytes - scales * kv.scale_bytes
         filled = context.driver.cuMemsetD2D16Async(at, kv.block_bytes, scale, scales, nbytes // kv.block_bytes, context.stream)
         check(filled, "fill the scales of the KV cache")
