@@ -157,8 +157,9 @@ struct KvBlock {
         const Scale tried{scale[i], 1 / scale[i]};
 #pragma unroll
         for (int r = 0; r < n; r++) {
-          const float a = rounded(low[r], tried) - low[r], b = rounded(high[r], tried) - high[r];
-          lost[i] += a * a + b * b;
+          // NOTE: said in full, so that no bit depends on which of the code's copies it is.
+          const float a = fmaf(code_of(low[r], tried), tried.scale, -low[r]), b = fmaf(code_of(high[r], tried), tried.scale, -high[r]);
+          lost[i] = fmaf(a, a, fmaf(b, b, lost[i]));
         }
       }
     }
@@ -169,7 +170,8 @@ struct KvBlock {
     }
     return {scale[0], 1 / scale[0]};
   }
-  static FF_DEVICE float rounded(float x, const Scale& s) { return Code::value(Code::encode(x * s.inverse)) * s.scale; }
+  static FF_DEVICE float code_of(float x, const Scale& s) { return Code::value(Code::encode(x * s.inverse)); }
+  static FF_DEVICE float rounded(float x, const Scale& s) { return code_of(x, s) * s.scale; }
 
   static FF_DEVICE void put(u8* block, u32 at, float x, const Scale& s) { block[at] = (u8)Code::encode(x * s.inverse); }
   template <bool kIsValue>
