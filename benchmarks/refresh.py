@@ -97,7 +97,7 @@ def measurements() -> Iterator[Measurement]:
     """All of them, most important first."""
     yield decode("llama-3.1-8b", "bf16", 80, CONTEXTS, prompts=True)
     yield decode("llama-3.1-8b", "int4", 65, CONTEXTS, prompts=True)
-    yield Measurement("soak", (), 300)
+    yield decode("llama-3.1-8b", "bf16", 240, beside="torch.compile")
     yield decode("llama-3.2-1b", "bf16", 80, CONTEXTS, beside="torch.compile", prompts=True)
     yield decode("llama-3.2-1b", "int4", 40, CONTEXTS, prompts=True)
     yield decode("qwen3-0.6b", "bf16", 20, CONTEXTS)
@@ -108,6 +108,7 @@ def measurements() -> Iterator[Measurement]:
     yield prompts("llama-3.2-1b", "int4", 20, 16)
     yield columns("llama-3.1-8b", "bf16", 70, 16)
     yield columns("llama-3.1-8b", "int4", 60, 16)
+    yield Measurement("soak", (), 300)
     yield Measurement("sampling", (), 30, {"model": "llama-3.2-1b"})
     yield Measurement("losses", (), 60, count=len(losses.MODELS.split(",")))
     yield techniques("llama-3.1-8b", 100)
@@ -119,9 +120,8 @@ def measurements() -> Iterator[Measurement]:
     yield Measurement("load", (), 90, count=2)
     yield columns("llama-3.2-1b", "bf16", 30, 8)
     yield columns("llama-3.2-1b", "int4", 30, 8)
-    for weights, kv in (("int4", "native"), ("int4", "int8"), ("bf16", "native")):
+    for weights, kv in (("int4", "native"), ("int4", "int8"), ("int4", "fp8"), ("bf16", "native")):
         yield decode("llama-3.1-8b", weights, 30, (131072,), kv)
-    yield decode("llama-3.1-8b", "bf16", 240, beside="torch.compile")
     yield decode("qwen3-14b", "bf16", 60, CONTEXTS)
     yield decode("qwen3-32b", "bf16", 120, CONTEXTS)
     yield decode("llama-3.1-70b", "int4", 120)
