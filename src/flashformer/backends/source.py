@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ..ops.attention import CODES
+from ..plan import LEAST_SCALE, KvLayout
+
 # One field of a struct that host and kernel share: (name, C++ type, ctypes type, what it is).
 Field = tuple[str, str, type, str]
 
@@ -11,6 +14,12 @@ Field = tuple[str, str, type, str]
 def struct(name: str, fields: Iterable[Field]) -> list[str]:
     """The lines of a C++ struct; a `ctypes.Structure` with the same fields has the same layout."""
     return [f"struct {name} {{", *(f"  {kind} {field};{'  // ' + note if note else ''}" for field, kind, _, note in fields), "};", ""]
+
+
+def cache_facts(kv: KvLayout) -> list[tuple[str, str, object]]:
+    """What any kernel must know of a KV cache of 8 bits, for `constants`; of a native one the same, but for the codes."""
+    largest = [("float", "kKvLargest[]", CODES[kv.type][1])] if kv.type in CODES else []
+    return [("float", "kKvLeastScale", LEAST_SCALE), ("int", "kKvMixed", kv.mixed), *largest]
 
 
 def constants(facts: Iterable[tuple[str, str, object]]) -> list[str]:

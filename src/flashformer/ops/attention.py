@@ -43,18 +43,15 @@ def encode(x: np.ndarray, kv_type: KvType) -> tuple[np.ndarray, np.ndarray]:
     """
     dtype, largest = CODES[kv_type]
     top = np.maximum(np.abs(x).max(axis=-1, keepdims=True), x.dtype.type(LEAST_SCALE * largest[0]))
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    scales = [(top * x.dtype.type(1 / code)).astype(ml_dtypes.bfloat16) for code in largest]
     with np.errstate(invalid="ignore"):  # what is not finite has some code
-        for code in largest:
-            scale = (top * x.dtype.type(1 / code)).astype(ml_dtypes.bfloat16)
-            exact = x / scale.astype(x.dtype)
-            codes = (np.rint(exact) if kv_type == "int8" else exact).astype(dtype)
-            found.append((codes, scale, ((codes.astype(x.dtype) * scale.astype(x.dtype) - x) ** 2).sum(axis=-1, keepdims=True)))
-        codes, scale, least = found[0]
-        for other, its_scale, lost in found[1:]:
-            better = lost < least
-            codes, scale, least = np.where(better, other, codes), np.where(better, its_scale, scale), np.where(better, lost, least)
-    return codes, scale
+        exact = [x / scale.astype(x.dtype) for scale in scales]
+        codes = [(np.rint(one) if kv_type == "int8" else one).astype(dtype) for one in exact]
+        if len(scales) == 1:
+            return codes[0], scales[0]
+        off = [one.astype(x.dtype) * scale.astype(x.dtype) - x for one, scale in zip(codes, scales, strict=True)]
+    best = np.argmin([(one**2).sum(axis=-1, keepdims=True) for one in off], axis=0)[None]
+    return np.take_along_axis(np.stack(codes), best, 0)[0], np.take_along_axis(np.stack(scales), best, 0)[0]
 
 
 def round_trip(x: np.ndarray, kv_type: KvType) -> np.ndarray:

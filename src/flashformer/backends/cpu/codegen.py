@@ -13,11 +13,10 @@ from pathlib import Path
 
 from ...formats import Format
 from ...geometry import Geometry, ceil_div, choose_geometry, round_up
-from ...ops.attention import CODES
-from ...plan import LEAST_SCALE, Plan, Stage
+from ...plan import Plan, Stage
 from ..sampling import SAMPLING
 from ..sequence import SEQUENCE
-from ..source import Field, camel, constants, ctypes_fields, literal, struct
+from ..source import Field, cache_facts, camel, constants, ctypes_fields, literal, struct
 
 HEADERS = Path(__file__).parent
 OPERATORS = HEADERS.parent.parent / "ops"
@@ -293,8 +292,7 @@ def generate(plan: Plan) -> Source:
         ("int", "kTableColumns", table.columns),
         ("u64", "kKvBlocks", kv.blocks),
         ("u64", "kKvBlockBytes", kv.block_bytes),
-        ("float", "kKvLeastScale", LEAST_SCALE),
-        ("int", "kKvMixed", kv.mixed),
+        *cache_facts(kv),
         ("int", "kPieces", pieces(plan)),
         ("int", "kPartial", partial_size(plan)),
         ("int", "kRanges", ranges),
@@ -371,7 +369,6 @@ def generate(plan: Plan) -> Source:
         f"  using Table = {table_type};",
         f"  using KvType = {camel(kv.type)};",
         *constants(model),
-        *constants(("float", "kKvLargest[]", CODES[t][1]) for t in CODES if t == kv.type),
         "};",
         "",
         "namespace stage {",

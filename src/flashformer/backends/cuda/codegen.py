@@ -17,11 +17,10 @@ import numpy as np
 from ...errors import PlanError
 from ...formats import PLAIN, Format
 from ...geometry import PART_BUFFERS, SLICE_BUFFERS, WIDE, Geometry, ceil_div, round_up
-from ...ops.attention import CODES
-from ...plan import COLUMN_HEADS, LEAST_SCALE, Buffer, Plan, Stage
+from ...plan import COLUMN_HEADS, Buffer, Plan, Stage
 from ..sampling import MAX_LOGPROBS, SAMPLING, SamplingStruct
 from ..sequence import SEQUENCE
-from ..source import Field, camel, constants, ctypes_fields, struct
+from ..source import Field, cache_facts, camel, constants, ctypes_fields, struct
 
 HEADERS = Path(__file__).parent
 OPERATORS = HEADERS.parent.parent / "ops"
@@ -441,8 +440,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("int", "kPieces", pieces(plan)),
         ("int", "kPieceWords", piece_words(plan)),
         ("u32", "kKvBlockBytes", kv.block_bytes),
-        ("float", "kKvLeastScale", LEAST_SCALE),
-        ("int", "kKvMixed", kv.mixed),
+        *cache_facts(kv),
         ("u32", "kKvChunkBlocks", min(slot // kv.block_bytes, 16)),
         ("u32", "kKvMinBlocks", t.kv_min_blocks),
         ("u32", "kKvSlackBlocks", max(t.kv_slack_bytes // kv.block_bytes, 1)),
@@ -487,7 +485,6 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append(f"  using Value = {value};")
     text.append(f"  using KvType = {camel(kv.type)};")
     text += constants(model)
-    text += constants(("float", "kKvLargest[]", CODES[t][1]) for t in CODES if t == kv.type)
     *steps, (_, least) = t.window
     window = "".join(f"waiting < {count * SLOT_BYTES // slot} ? {nbytes} : " for count, nbytes in steps) + str(least)
     text.append(f"  static FF_DEVICE u32 window(u32 waiting) {{ return {window}; }}  // bytes in flight")
