@@ -27,6 +27,11 @@ def write_outliers(folder: Path, factor: float) -> Path:
     return folder
 
 
+def size_of_the_effect(ours: np.ndarray, own: np.ndarray, native: np.ndarray) -> float:
+    """How far logits are from those of a native cache, in what those of their own reference are: 1 where as much is lost."""
+    return float(np.linalg.norm((ours - native).astype(np.float64)) / np.linalg.norm((own - native).astype(np.float64)))
+
+
 def share_of_the_effect(ours: np.ndarray, own: np.ndarray, native: np.ndarray) -> float:
     """How far logits are from those of their own reference towards those of a native cache: 0 at the one, 1 at the other."""
     effect = (native - own).astype(np.float64)

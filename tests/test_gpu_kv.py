@@ -25,7 +25,7 @@ from flashformer.reference import Reference
 from flashformer.shapes import shape
 from flashformer.targets import Target, get
 from flashformer.validate import validate
-from kv_models import OUTLIERS, share_of_the_effect, write_outliers
+from kv_models import OUTLIERS, share_of_the_effect, size_of_the_effect, write_outliers
 from model_files import make_config, write_folder
 from running import run_checkpoint
 from test_gpu import LLAMA3, MODELS, Judge, judge, make
@@ -65,13 +65,20 @@ def test_models_agree_with_the_reference(
 
 @pytest.mark.parametrize("kv_type", EIGHT)
 def test_values_that_have_few_codes(tmp_path: Path, kv_type: KvType, record_property: Callable[[str, object], None]) -> None:
-    """The effect of the cache's rounding is far above that of activations, and all of it is there."""
+    """The effect of the cache's rounding is far above that of activations, and all of it is there.
+
+    Of fp8 it need not be the same: the rounding of the largest value is nearly all that is lost here, so its last bits decide which of
+    the scales is taken.
+    """
     with running(write_outliers(tmp_path, OUTLIERS[kv_type]), kv_type) as (runner, reference):
         tokens = sample_tokens(runner.plan.config, 200, seed=2)
         ours, own, plain = runner.logits(tokens, 0), reference.logits(tokens), native(reference, tokens)
         share = share_of_the_effect(ours, own, plain)
+        size = size_of_the_effect(ours, own, plain)
         record_property("share", share)
-        assert compare(own, plain).kl_mean > 1e-3 and abs(share) < 0.2
+        record_property("size", size)
+        assert compare(own, plain).kl_mean > 1e-3 and 0.8 < size < 1.25
+        assert abs(share) < {"int8": 0.2, "fp8": 0.8}[kv_type]
 
 
 @pytest.mark.parametrize("kv_type", EIGHT)
