@@ -45,6 +45,8 @@ CASES = {
     "four, large heads, int8": Case(4, 4, 1, 256, piece_blocks=2, kv_type="int8"),
     "eight, more workers than units, no bulk copies, fp16": Case(8, 4, 1, 40, piece_blocks=8, arch="sm_80", workers=10, dtype="float16"),
     "sixteen, one kv head, more pieces than one look": Case(16, 12, 1, 8),
+    "sixteen, eight neighbours, more workers than units": Case(16, 2, 2, 24, piece_blocks=2, workers=10),
+    "sixteen, two neighbours of three queries each, e4m3": Case(16, 6, 2, 16, pieces=2, kv_type="fp8"),
 }
 
 

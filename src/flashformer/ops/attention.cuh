@@ -38,12 +38,22 @@ struct HeadPiece {
   static constexpr u32 kPadding = M::kHeadPad - M::kHeadDim;     // values; with several columns, a panel has been in their place
   static constexpr float kNever = -1e30f;  // a maximum before anything was seen
 
-  // Whose attention it is: a virtual head of a token position.
+  // Whose attention it is: a virtual head of a token position, or of neighbours (units.cuh).
   struct Query {
     u32 layer, head, position, tag;
     const u64* vectors;  // words of the position's part of the qkv vector
     u8* cache;           // of its sequence
+    // Of neighbour n alone.
+    FF_DEVICE Query of(u32 n) const { return {layer, head, position + n, tag, vectors + n * M::kQkvWords, cache}; }
   };
+  static constexpr u32 kNeighbours = L::kNeighbours;
+  // Whose query a column of the matrix instructions is: the number of a neighbour.
+  static FF_DEVICE u32 neighbour(u32 query) { return kNeighbours > 1 ? query / M::kVirtualGroup : 0; }
+  // How many queries there are, of that many neighbours.
+  static FF_DEVICE u32 all_queries(u32 head, u32 members) {
+    static_assert(kNeighbours == 1 || M::kVirtualSplits == 1, "all virtual heads have as many queries then");
+    return kNeighbours > 1 ? members * M::kVirtualGroup : Heads<M>::queries(head);
+  }
   struct Vector {
     float low[kPairs], high[kPairs];  // dims i and i + head_dim / 2 for i = lane + 32 r
   };
@@ -136,17 +146,20 @@ struct HeadPiece {
   // What a matrix instruction sees of a query's value.
   static FF_DEVICE float rounded(float x) { return T::unpack((u16)T::pack(x, 0)); }
 
-  // Warp w: query head w of this piece into shared memory; with the newest position also its score against this token's key.
-  // Warp 0 has the key, the first warp without a query (or the last) the value; of one column they append them, too.
-  static FF_DEVICE void prepare(Consumer<M>& c, const Query& q, bool newest) {
-    const u32 queries = Heads<M>::queries(q.head), kv_head = Heads<M>::kv_head(q.head);
-    if (c.warp < queries) {
+  // Warp w: query w of this piece into shared memory; with the newest position also its score against this token's key.
+  // Warp 0 has the key, the first warp without a query (or the last) the value, of neighbours the last warps; of one column they append
+  // them, too.
+  static FF_DEVICE void prepare(Consumer<M>& c, const Query& first, u32 members, bool newest) {
+    const u32 queries = Heads<M>::queries(first.head), kv_head = Heads<M>::kv_head(first.head);
+    const u32 member = neighbour(c.warp), in_head = kNeighbours > 1 ? c.warp % M::kVirtualGroup : c.warp;
+    if (in_head < queries && (kNeighbours == 1 || member < members)) {
+      const Query q = kNeighbours > 1 ? first.of(member) : first;
       constexpr bool kEarly = kPairs <= 2;  // norm weights are here before the query; those of large heads would spill
       Vector query_norm = {}, key_norm = {};
       if (kEarly) query_norm = norm_weights(c, q.layer, M::kQueryNorm), key_norm = norm_weights(c, q.layer, M::kKeyNorm);
       float2 turn[kPairs];
       turns(c, turn, q.position);
-      const int query_at = (Heads<M>::first_query(q.head) + c.warp) * M::kHeadPad;
+      const int query_at = (Heads<M>::first_query(q.head) + in_head) * M::kHeadPad;
       Vector v[2];  // query, key
       if (newest) {
         gather(c, v, {query_at, Heads<M>::kKeys + (int)kv_head * M::kHeadPad}, q);
@@ -178,17 +191,19 @@ struct HeadPiece {
         if (!L::kMany && c.warp == 0 && q.head % M::kVirtualSplits == 0) append<false>(c, v[1], scale, q);
       }
     }
-    if (newest && c.warp == value_warp(queries)) {
+    const u32 with_value = kNeighbours > 1 ? kConsumers - 1 - c.warp : c.warp == value_warp(queries) ? 0 : 1;
+    if (newest && with_value < members) {
+      const Query q = kNeighbours > 1 ? first.of(with_value) : first;
       Vector v[1];
       gather(c, v, {Heads<M>::kValues + (int)kv_head * M::kHeadPad}, q);
       const auto scale = Kv::scale_of(v[0].low, v[0].high);
 #pragma unroll
       for (int r = 0; r < kPairs; r++)
         if (has(c.lane, r)) {
-          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r) * 4, Kv::rounded(v[0].low[r], scale));
-          store_shared_float(c.shared + L::kNewValue + (c.lane + 32 * r + M::kHeadDim / 2) * 4, Kv::rounded(v[0].high[r], scale));
+          store_shared_float(new_value(c, with_value) + (c.lane + 32 * r) * 4, Kv::rounded(v[0].low[r], scale));
+          store_shared_float(new_value(c, with_value) + (c.lane + 32 * r + M::kHeadDim / 2) * 4, Kv::rounded(v[0].high[r], scale));
         }
-      if (L::kMany && c.lane < kPadding) store_shared_float(c.shared + L::kNewValue + (M::kHeadDim + c.lane) * 4, 0);
+      if (L::kMany && c.lane < kPadding) store_shared_float(new_value(c, with_value) + (M::kHeadDim + c.lane) * 4, 0);
       if (!L::kMany && q.head % M::kVirtualSplits == 0) append<true>(c, v[0], scale, q);
     }
   }
@@ -228,8 +243,9 @@ struct HeadPiece {
     if (c.lane == 0) Kv::template put_scale<kIsValue>(block, position & 15, scale);
   }
 
-  // Blocks first..first + count of a head: each warp its own, with a softmax of its own, ending in shared memory.
-  static FF_DEVICE void attend(Consumer<M>& c, float (&out)[kSteps][4], u32 first, u32 count, u32 position) {
+  // Blocks first..first + count of a head: each warp its own, with a softmax of its own, ending in shared memory. `position`: of the first
+  // of `members` neighbours. NOTE: a value that is no number shows in the neighbours in front of it, too.
+  static FF_DEVICE void attend(Consumer<M>& c, float (&out)[kSteps][4], u32 first, u32 count, u32 position, u32 members) {
     const u32 g = c.lane >> 2, t = c.lane & 3;
     const u32 query = c.shared + L::kQuery + g * L::kQueryStride + t * 8;
     uint2 q[kHold ? kSteps : 1];
@@ -258,10 +274,11 @@ struct HeadPiece {
           }
         }
         const u32 p = (first + done + b) * 16 + g;  // position of rows g; rows g + 8 follow
-        const bool low = p < position, high = p + 8 < position;
         const float2 scale = block.score_scale(), raise = block.value_scale();
 #pragma unroll
-        for (int i = 0; i < 2; i++) {  // this lane's query heads 2t and 2t + 1
+        for (int i = 0; i < 2; i++) {  // this lane's queries 2t and 2t + 1
+          const u32 own = position + neighbour(2 * t + i);
+          const bool low = p < own, high = p + 8 < own;
           s[i] = low ? s[i] * scale.x : kNever;
           s[i + 2] = high ? s[i + 2] * scale.y : kNever;
           float weight[2] = {s[i], s[i + 2]};  // logarithms, with the scales of the values
@@ -293,7 +310,7 @@ struct HeadPiece {
         }
         const u32 b0 = transpose8x8(T::pack(s[0], s[1])), b1 = transpose8x8(T::pack(s[2], s[3]));
         const u32 at_value = (first + done + b) * 16 + 2 * t;
-        const u32 mask0 = value_mask(at_value, position), mask1 = value_mask(at_value + 8, position);
+        const u32 last = position + (members - 1), mask0 = value_mask(at_value, last), mask1 = value_mask(at_value + 8, last);
 #pragma unroll
         for (int j = 0; j < kSteps; j += Kv::kSteps) {
           uint4 values[Kv::kSteps];
@@ -319,9 +336,9 @@ struct HeadPiece {
   // Which of the values at positions p and p + 1 exist.
   static FF_DEVICE u32 value_mask(u32 p, u32 position) { return p + 1 < position ? 0xffffffffu : p < position ? 0xffffu : 0; }
 
-  // The results of the first `warps` warps become one partial per query head, summed in the order of the warps.
-  static FF_DEVICE void publish(Consumer<M>& c, const float (&out)[kSteps][4], u32 head, bool newest, u32 warps, u32 tag, u64* piece) {
-    const u32 g = c.lane >> 2, t = c.lane & 3, queries = Heads<M>::queries(head);
+  // The results of the first `warps` warps become one partial per query, summed in the order of the warps.
+  static FF_DEVICE void publish(Consumer<M>& c, const float (&out)[kSteps][4], u32 queries, bool newest, u32 warps, u32 tag, u64* piece) {
+    const u32 g = c.lane >> 2, t = c.lane & 3;
     const u32 softmax = c.shared + L::kSoftmax, merge = c.shared + L::kMerge;
 #pragma unroll 1
     for (u32 h0 = 0; h0 < queries; h0 += L::kMergeHeads) {
@@ -352,7 +369,7 @@ struct HeadPiece {
         for (int w = 0; w < kConsumers; w++)
           if (w < warps) most = fmaxf(most, load_shared_float(softmax + (w * 8 + query) * 8));
         float sum = newest ? exp2_approx(own - most) : 0, y[2] = {0, 0};
-        if (newest) add_two(y, sum, c.shared + L::kNewValue + dim * 4);
+        if (newest) add_two(y, sum, new_value(c, neighbour(query)) + dim * 4);
 #pragma unroll
         for (int w = 0; w < kConsumers; w++)
           if (w < warps) {
@@ -371,6 +388,9 @@ struct HeadPiece {
     const uint2 v = load_shared2(at);
     y[0] += share * __uint_as_float(v.x);
     y[1] += share * __uint_as_float(v.y);
+  }
+  static FF_DEVICE u32 new_value(const Consumer<M>& c, u32 member) {
+    return c.shared + L::kNewValue + (kNeighbours > 1 ? member * (M::kHeadPad * 4) : 0);
   }
   static FF_DEVICE u32 value_warp(u32 queries) { return queries < kConsumers ? queries : kConsumers - 1; }
 };
@@ -398,14 +418,14 @@ struct Attention {
       const bool newest = first + count == share.per_head;
       c.sync();  // the piece before this one may still be read
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-      Piece::prepare(c, {layer, head, position, c.tag(step, layer), c.words(S::kInput), c.p.kv}, newest);
+      Piece::prepare(c, {layer, head, position, c.tag(step, layer), c.words(S::kInput), c.p.kv}, 1, newest);
       c.sync();
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
       float out[Piece::kSteps][4];
-      Piece::attend(c, out, first, count, position);
+      Piece::attend(c, out, first, count, position, 1);
       const u32 warps = count < kConsumers ? count : kConsumers;  // that have seen any positions
       u64* const to = c.words(S::kOutput) + (u64)(blockIdx.x * M::kPieces + piece) * M::kPieceWords;
-      Piece::publish(c, out, head, newest, warps, c.tag(step, layer), to);
+      Piece::publish(c, out, Piece::all_queries(head, 1), newest, warps, c.tag(step, layer), to);
       if (c.warp == 0) c.mark(1, step, layer, S::kWhere, 1);
     }
     if (piece == 0) return;

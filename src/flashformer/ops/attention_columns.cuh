@@ -1,4 +1,4 @@
-// Attention of several columns over their KV caches: unit by unit (units.cuh), each as a block's piece of one column.
+// Attention of several columns over their KV caches: unit by unit (units.cuh), each as a block's piece of one column, or of neighbours.
 //
 // A column's own key and value never come from the cache, as if it were alone. Those of the columns before it do, so a block appends
 // all of its units' keys and values before it attends to the first.
@@ -29,15 +29,15 @@ struct AttentionColumns {
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
       if (done == 0) append(c, units, step, layer);
       if (done == 0 || unit.piece == 0) {  // else the head's last piece has left it all there
-        Piece::prepare(c, query(c, unit, step, layer), number + unit.pieces - unit.piece <= units.behind);
+        Piece::prepare(c, query(c, unit, step, layer), unit.members, number + unit.pieces - unit.piece <= units.behind);
         c.sync();
       }
       if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
       float out[Piece::kSteps][4];
       const u32 count = unit.end - unit.first, warps = count < kConsumers ? count : kConsumers;  // that have seen any positions
-      Piece::attend(c, out, unit.first, count, unit.position);
+      Piece::attend(c, out, unit.first, count, unit.position, unit.members);
       u64* const to = c.words(S::kOutput) + (u64)number * M::kPieceWords;
-      Piece::publish(c, out, unit.head, unit.newest(), warps, c.tag(step, layer), to);
+      Piece::publish(c, out, Piece::all_queries(unit.head, unit.members), unit.newest(), warps, c.tag(step, layer), to);
       if (c.warp == 0) c.mark(1, step, layer, S::kWhere, 1);
     }
     if (done == 0) return;
@@ -60,8 +60,11 @@ struct AttentionColumns {
     for (u32 number = units.next; number < units.behind; number++) {
       const auto unit = units[number];
       if (!unit.newest() || unit.head % M::kVirtualSplits != 0) continue;
-      if (turn < 2) append(c, query(c, unit, step, layer), unit.column, turn);
-      turn = (turn - 2) % kConsumers;
+#pragma unroll 1
+      for (u32 member = 0; member < unit.members; member++) {
+        if (turn < 2) append(c, query(c, unit, step, layer).of(member), unit.column + member, turn);
+        turn = (turn - 2) % kConsumers;
+      }
     }
   }
   static FF_DEVICE void append(Consumer<M>& c, const typename Piece::Query& q, u32 column, u32 which) {

@@ -36,8 +36,8 @@ struct CombineColumns {
       const u32 query = row / M::kHeadPad, in_group = query % M::kGroup;
       const u32 head = query / M::kGroup * M::kVirtualSplits + in_group / M::kVirtualGroup;
       const u64* const results = f.words(S::kInput) + (u64)(first + head * pieces) * M::kPieceWords;
-      const u32 value_at = in_group % M::kVirtualGroup * M::kHeadPad + row % M::kHeadPad;
-      const u32 softmax_at = 8 * M::kHeadPad + in_group % M::kVirtualGroup * 2;
+      const u32 in_head = __shfl_sync(kAllLanes, units.neighbour, column) * M::kVirtualGroup + in_group % M::kVirtualGroup;
+      const u32 value_at = in_head * M::kHeadPad + row % M::kHeadPad, softmax_at = 8 * M::kHeadPad + in_head * 2;
       float top = HeadPiece<M>::kNever, sum = 0, y0 = 0, y1 = 0;
 #pragma unroll 1
       for (u32 base = slot; __any_sync(kAllLanes, base < pieces); base += kBatch * kSlots) {

@@ -24,15 +24,22 @@ struct Layout {
   static constexpr int kMergeFit = kMergeBytes / (kConsumers * kMergeStride * 4);
   static constexpr int kMergeHeads = kMergeFit < M::kVirtualGroup ? kMergeFit : M::kVirtualGroup;
   static constexpr int kQueryStride = (M::kHeadPad + 8) * 2;  // bytes a head
+  // Columns of a sequence, next to each other, that share what they read of its cache, at most: a power of two. See units.cuh.
+  static constexpr int neighbours() {
+    int n = 1;
+    while (2 * n * M::kVirtualGroup <= 8 && 2 * n <= M::kColumns) n *= 2;
+    return n;
+  }
+  static constexpr int kNeighbours = neighbours();
 
   static constexpr int kReduction = 0;
   static constexpr int kPanel = kReduction + kReductionBuffers * kReductionBytes;  // x of several columns
   // Attention's. NOTE: with several columns it is inside the panel: consumers never use both.
   static constexpr int kMerge = kPanel;
   static constexpr int kQuery = kMerge + kConsumers * kMergeHeads * kMergeStride * 4;
-  static constexpr int kNewValue = round_up(kQuery + 8 * kQueryStride, 16);  // this token's value vector
-  static constexpr int kNewScore = kNewValue + M::kHeadPad * 4;              // this token's score, per query head
-  static constexpr int kSoftmax = kNewScore + 8 * 4;                         // (maximum, sum) per warp and query head
+  static constexpr int kNewValue = round_up(kQuery + 8 * kQueryStride, 16);    // [neighbours] this token's value vector
+  static constexpr int kNewScore = kNewValue + kNeighbours * M::kHeadPad * 4;  // this token's score, per query head
+  static constexpr int kSoftmax = kNewScore + 8 * 4;                           // (maximum, sum) per warp and query head
   static constexpr int kScratchEnd = kSoftmax + kConsumers * 8 * 8;
   static constexpr int kFactors = kPanel + M::kPanelBytes;  // [consumers][columns] of integers in the panel
   static constexpr int kPanelEnd = kFactors + (kMany && M::kColumns <= kIntegerColumns ? kConsumers * M::kColumns * 4 : 0);

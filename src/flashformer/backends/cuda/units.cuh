@@ -5,6 +5,10 @@
 // all columns are at work and equally long. A unit is a piece of a virtual head of a column. Units are numbered column by column,
 // head by head, piece by piece, and thread blocks have equal runs of them. Which positions are summed together depends on the column's
 // position alone; only who does it, and where the partial result lies meanwhile, depends on the other columns.
+//
+// The matrix instructions of a virtual head with four queries or fewer have room for another column's. Where columns of one sequence are next to
+// each other, those whose positions are the same but for their last bits (`kNeighbours`) see the same pieces: they have units together, those of
+// the first of them, and the cache is read once for all. A neighbour's queries are behind those of the columns before it.
 #pragma once
 #include "roles.cuh"
 
@@ -12,6 +16,7 @@
 template <class M>
 struct Units {
   u32 position, pieces, begin, end;  // of column `lane`: position, pieces of a head, its units: none if it does not exist
+  u32 neighbour, members;            // number of it among its neighbours, and of those behind it and itself
   u32 total;
   u32 next, behind;  // run of this thread block: units [next, behind)
 
@@ -21,7 +26,16 @@ struct Units {
     const u32 per_head = position / 16 + 1, most = per_head < M::kKvPieces ? per_head : M::kKvPieces;
     pieces = ceil_div(per_head, M::kPieceBlocks * M::kPieceStep) * M::kPieceStep;
     pieces = !exists ? 0 : pieces < most ? pieces : most;
-    end = pieces * M::kVirtualHeads;
+    neighbour = 0, members = 1;
+    if constexpr (kMost > 1) {
+      const u32 before = exists ? min(position % kMost, b.lane - b.column_more(b.lane).first) : 0, units = pieces * M::kVirtualHeads;
+      // NOTE: not where there would be no less for a thread block to do, only fewer of them at work.
+      const u32 apart = __reduce_add_sync(kAllLanes, units), together = __reduce_add_sync(kAllLanes, before ? 0 : units);
+      if (ceil_div(together, M::kWorkers) < ceil_div(apart, M::kWorkers)) neighbour = before;
+      const u32 others = __ballot_sync(kAllLanes, exists && neighbour == 0) >> b.lane >> 1;  // columns behind this one that have units
+      members = others ? __ffs(others) : b.columns() - b.lane;
+    }
+    end = neighbour ? 0 : pieces * M::kVirtualHeads;
     const u32 own = end;
 #pragma unroll
     for (int o = 1; o < M::kColumns; o <<= 1) {
@@ -29,20 +43,23 @@ struct Units {
       end += b.lane >= o ? before : 0;
     }
     begin = end - own;
+    if constexpr (kMost > 1) begin = __shfl_sync(kAllLanes, begin, b.lane - neighbour);
     total = __shfl_sync(kAllLanes, end, M::kColumns - 1);
     next = blockIdx.x * total / M::kWorkers;
     behind = (blockIdx.x + 1) * total / M::kWorkers;
   }
 
   struct Unit {
-    u32 column, head, position;
-    u32 piece, pieces;  // of the head
-    u32 first, end;     // blocks of the head
+    u32 column, members;  // the first of its columns, and how many there are
+    u32 head, position;   // of that one; the others' follow
+    u32 piece, pieces;    // of the head
+    u32 first, end;       // blocks of the head
     FF_DEVICE bool newest() const { return piece + 1 == pieces; }  // whether the column's own position is in the last of them
   };
   FF_DEVICE Unit operator[](u32 number) const {
     Unit u;
     u.column = __popc(__ballot_sync(kAllLanes, end <= number) & ((1u << M::kColumns) - 1));
+    u.members = kMost > 1 ? __shfl_sync(kAllLanes, members, u.column) : 1;
     u.position = __shfl_sync(kAllLanes, position, u.column);
     u.pieces = __shfl_sync(kAllLanes, pieces, u.column);
     const u32 per_head = u.position / 16 + 1, local = number - __shfl_sync(kAllLanes, begin, u.column);
@@ -52,6 +69,9 @@ struct Units {
     u.end = (u.piece + 1) * per_head / u.pieces;
     return u;
   }
+
+ private:
+  static constexpr u32 kMost = Layout<M>::kNeighbours;
 };
 
 // Keys and values of this pass that are in the cache. Columns of one sequence see each other, so who copies a piece that reaches into
@@ -86,17 +106,17 @@ struct UnitStream {
 #pragma unroll 1
     for (u32 number = units.next; number < units.behind; number++) {
       const auto unit = units[number];
-      const u32 kv_head = unit.head / M::kVirtualSplits, first = p.column_more(unit.column).first;
+      const u32 kv_head = unit.head / M::kVirtualSplits, first = p.column_more(unit.column).first, last = unit.column + unit.members - 1;
       const u64 head_at = ((u64)layer * M::kKvHeads + kv_head) * p.p.kv_blocks;
       const u8* head = p.p.kv + p.column(unit.column).slot * p.p.slot_bytes + head_at * M::kKvBlockBytes;
-      const u32 in_pass = first < unit.column ? p.column(first).position / 16 : unit.end;  // first block with a position of this pass
+      const u32 in_pass = first < last ? p.column(first).position / 16 : unit.end;  // first block with a position of this pass
       bool complete = false;
 #pragma unroll 1
       for (u32 block = unit.first; block < unit.end;) {
         u32 count = unit.end - block;
         if (count > M::kKvChunkBlocks) count = M::kKvChunkBlocks;
         if (!complete && block + count > in_pass) {
-          if (!await(p, kv_head, first, unit.column, p.tag(step, layer), stages_before)) return false;
+          if (!await(p, kv_head, first, last, p.tag(step, layer), stages_before)) return false;
           complete = true;
         }
         if (!p.wait_room()) return false;
