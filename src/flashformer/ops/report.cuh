@@ -24,17 +24,16 @@ struct Report {
     rank = __reduce_add_sync(kAllLanes, rank);
     if (rank >= s.reported) return;
     const u32 at_least = At::nth_best(f, 1, s.reported), most = s.reported - rank;
+    Best two;
     u64 entry = kNothing, from = 0;  // lane l: the l-th
+    bool missing = true;
 #pragma unroll 1
     for (u32 place = 0; place < most; place++) {
-      u64 best = kNothing;
-      each_row<32, 1, 1>(f, f.lane, s.raw, [&](u32 row, float x) {
-        const u64 candidate = ranked(x, row);
-        if ((u32)(candidate >> 32) <= at_least && candidate >= from) best = min(best, candidate);
-      });
-      best = warp_min(best);
+      if (missing) two.find(f, s.raw, at_least, from);
+      const u64 best = warp_min(two.first);
       if (best == kNothing) break;
       if (f.lane == place) entry = best;
+      missing = two.take(best);
       from = best + 1;
     }
     if (f.lane < most) store_words(meeting.lists + 2 * (f.lane * width(s) + rank), (u32)entry, (u32)(entry >> 32), epoch(f, step));
@@ -60,6 +59,29 @@ struct Report {
   }
 
  private:
+  // A lane's two best of its tokens, and how many there are that may be listed.
+  struct Best {
+    u64 first, second;
+    u32 count;
+
+    // Those from `from` on that have at least the logit of order `at_least`.
+    FF_DEVICE void find(const Finisher<M>& f, const float* logits, u32 at_least, u64 from) {
+      first = second = kNothing;
+      count = 0;
+      each_row<32, 1, 4>(f, f.lane, logits, [&](u32 row, float x) {
+        const u64 candidate = ranked(x, row);
+        if ((u32)(candidate >> 32) > at_least || candidate < from) return;
+        if (candidate < first) second = first, first = candidate;
+        else if (candidate < second) second = candidate;
+        count++;
+      });
+    }
+    // The best of all lanes is listed. Whether a lane has more than it knows of, for a whole warp.
+    FF_DEVICE bool take(u64 best) {
+      if (first == best) first = second, second = kNothing, count--;
+      return __any_sync(kAllLanes, first == kNothing && count > 0);
+    }
+  };
   static FF_DEVICE u32 epoch(const Finisher<M>& f, u32 step) { return f.p.epoch + Block<M>::fresh(step); }
   // Of lists [place in its list][width: rank of its block].
   static FF_DEVICE u32 width(const Sampling& s) { return min(s.reported, M::kWorkers); }

@@ -5,7 +5,7 @@
 // token that the model chooses in its place, and the first that differs ends the sequence, behind the model's own choice.
 // Every block lays the same passes for itself, from what all know: the choices, and which sequences are cancelled.
 #pragma once
-#include "roles.cuh"
+#include "units.cuh"
 
 // For one warp of a block: its first finisher.
 template <class M>
@@ -83,6 +83,7 @@ struct Schedule {
       store_shared(b.shared + L::kPass + 16 + (step & 1) * 4, flags);
     }
     __syncwarp();
+    Units<M>::lay(b);
     return count != 0;
   }
 

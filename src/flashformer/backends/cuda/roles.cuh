@@ -53,7 +53,8 @@ struct Layout {
   // Of several columns; see columns.cuh.
   static constexpr int kPass = round_up(kToken + 4, 16);
   static constexpr int kColumn = kPass + kMany * 32;                        // [columns] Column, ColumnMore
-  static constexpr int kChosen = kColumn + kMany * M::kColumns * 32;        // [columns] (token, its number among those of its sequence)
+  static constexpr int kUnits = kColumn + kMany * M::kColumns * 32;         // [columns] see units.cuh
+  static constexpr int kChosen = kUnits + kMany * M::kColumns * 16;         // [columns] (token, its number among those of its sequence)
   static constexpr int kCursors = kChosen + kMany * M::kColumns * 8;        // [sequences] Cursor
   static constexpr int kMoments = kCursors + kMany * kMostSequences * 32;   // [finishers][columns] sums of squares
   static constexpr int kMomentsEnd = kMoments + kMany * M::kFinishers * M::kColumns * 4;

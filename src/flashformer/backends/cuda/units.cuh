@@ -21,32 +21,40 @@ struct Units {
   u32 next, behind;  // run of this thread block: units [next, behind)
 
   FF_DEVICE explicit Units(const Block<M>& b) {
+    const uint4 v = b.lane < M::kColumns ? load_shared4(place(b, b.lane)) : make_uint4(0, 0, 0, 0);
+    position = b.lane < M::kColumns ? b.column(b.lane).position : 0;
+    pieces = v.x, begin = v.y, end = v.z, neighbour = v.w >> 16, members = v.w & 0xffff;
+    total = load_shared(place(b, M::kColumns - 1) + 8);
+    next = blockIdx.x * total / M::kWorkers;
+    behind = (blockIdx.x + 1) * total / M::kWorkers;
+  }
+
+  // Number those of a pass that has been laid (columns.cuh), for whoever asks.
+  static FF_DEVICE void lay(const Block<M>& b) {
     const bool exists = b.lane < b.columns();
-    position = exists ? b.column(b.lane).position : 0;
+    const u32 position = exists ? b.column(b.lane).position : 0;
     const u32 per_head = position / 16 + 1, most = per_head < M::kKvPieces ? per_head : M::kKvPieces;
-    pieces = ceil_div(per_head, M::kPieceBlocks * M::kPieceStep) * M::kPieceStep;
+    u32 pieces = ceil_div(per_head, M::kPieceBlocks * M::kPieceStep) * M::kPieceStep;
     pieces = !exists ? 0 : pieces < most ? pieces : most;
-    neighbour = 0, members = 1;
+    u32 neighbour = 0, members = 1, own = pieces * M::kVirtualHeads;
     if constexpr (kMost > 1) {
-      const u32 before = exists ? min(position % kMost, b.lane - b.column_more(b.lane).first) : 0, units = pieces * M::kVirtualHeads;
+      const u32 before = exists ? min(position % kMost, b.lane - b.column_more(b.lane).first) : 0;
       // NOTE: not where there would be no less for a thread block to do, only fewer of them at work.
-      const u32 apart = __reduce_add_sync(kAllLanes, units), together = __reduce_add_sync(kAllLanes, before ? 0 : units);
+      const u32 apart = __reduce_add_sync(kAllLanes, own), together = __reduce_add_sync(kAllLanes, before ? 0 : own);
       if (ceil_div(together, M::kWorkers) < ceil_div(apart, M::kWorkers)) neighbour = before;
       const u32 others = __ballot_sync(kAllLanes, exists && neighbour == 0) >> b.lane >> 1;  // columns behind this one that have units
       members = others ? __ffs(others) : b.columns() - b.lane;
+      if (neighbour) own = 0;
     }
-    end = neighbour ? 0 : pieces * M::kVirtualHeads;
-    const u32 own = end;
+    u32 end = own;
 #pragma unroll
     for (int o = 1; o < M::kColumns; o <<= 1) {
       const u32 before = __shfl_up_sync(kAllLanes, end, o);
       end += b.lane >= o ? before : 0;
     }
-    begin = end - own;
-    if constexpr (kMost > 1) begin = __shfl_sync(kAllLanes, begin, b.lane - neighbour);
-    total = __shfl_sync(kAllLanes, end, M::kColumns - 1);
-    next = blockIdx.x * total / M::kWorkers;
-    behind = (blockIdx.x + 1) * total / M::kWorkers;
+    const u32 begin = __shfl_sync(kAllLanes, end - own, b.lane - neighbour);
+    if (b.lane < M::kColumns) store_shared4(place(b, b.lane), make_uint4(pieces, begin, end, neighbour << 16 | members));
+    __syncwarp();
   }
 
   struct Unit {
@@ -72,6 +80,7 @@ struct Units {
 
  private:
   static constexpr u32 kMost = Layout<M>::kNeighbours;
+  static FF_DEVICE u32 place(const Block<M>& b, u32 column) { return b.shared + Layout<M>::kUnits + column * 16; }
 };
 
 // Keys and values of this pass that are in the cache. Columns of one sequence see each other, so who copies a piece that reaches into
