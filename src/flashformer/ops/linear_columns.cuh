@@ -93,15 +93,17 @@ struct LinearColumns {
 
   static FF_DEVICE void run(Producer<M>&, u32, u32) {}  // the tape already says it all
 
-  static FF_DEVICE void run(Consumer<M>& c, u32 step, u32 layer) {
-    c.enter(S::kWhere, layer);
-    const u32 tiles = c.tiles(S::tile_word(layer)).y;
+  // which: of twins.
+  static FF_DEVICE void run(Consumer<M>& c, u32 step, u32 layer, u32 which = 0) {
+    const Inputs in = InputsOf<S>::at(layer, which);
+    c.enter(in.where, layer);
+    const u32 tiles = c.tiles(in.tile_word).y;
     if (tiles == 0) return;
-    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 0);
-    await_x<M, S>(c, c.tag(step, layer));
+    if (c.warp == 0) c.mark(0, step, layer, in.where, 0);
+    await_x<M, S>(c, in, c.tag(step, layer));
     const u32 groups = (tiles + S::kWarpsRows - 1) / S::kWarpsRows;
-    Panel<M, S> panel(c, (groups + kBatch - 1) / kBatch, step, layer);
-    if (c.warp == 0) c.mark(0, step, layer, S::kWhere, 1);
+    Panel<M, S> panel(c, in, (groups + kBatch - 1) / kBatch, step, layer);
+    if (c.warp == 0) c.mark(0, step, layer, in.where, 1);
     Sums::prepare(panel);
 #pragma unroll 1
     for (Batch batch{tiles, groups, 0}; batch.first < groups; batch.first += kBatch) {
@@ -331,5 +333,19 @@ struct LinearColumns {
 #pragma unroll
       for (int i = 0; i < n; i++) part[i] += part[i + n];
     return part[0];
+  }
+};
+
+// Two stages, one after the other, that differ for the consumers in nothing but `Inputs`.
+template <class M, class A, class B>
+struct TwinColumns {
+  static FF_DEVICE void run(Producer<M>&, u32, u32) {}
+  static FF_DEVICE void run(Consumer<M>& c, u32 step, u32 layer) {
+#pragma unroll 1
+    for (u32 which = 0; which < 2; which++) LinearColumns<M, Twins<A, B>>::run(c, step, layer, which);
+  }
+  static FF_DEVICE void run(Finisher<M>& f, u32 step, u32 layer) {
+    LinearColumns<M, A>::run(f, step, layer);
+    LinearColumns<M, B>::run(f, step, layer);
   }
 };

@@ -490,6 +490,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append(f"  static FF_DEVICE u32 window(u32 waiting) {{ return {window}; }}  // bytes in flight")
     text.append("};\n")
 
+    shapes: dict[str, list[object]] = {}  # of the linear stages: all that consumers know of them but `Inputs` (panel.cuh)
+
     def describe(stage: Stage, tile_word: str = "0") -> None:
         text.append(f"struct {camel(stage.name)} {{")
         facts: list[tuple[str, str, object]] = [("u32", "kWhere", names.index(stage.name))]
@@ -553,6 +555,9 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 if stage.linear is None:
                     facts.append(("bool", "kNextLayer", False))
         facts.append(("int", "kOutput", buffers[stage.writes]))
+        if stage.geometry:
+            known = {"kColumns", "kNewcomers", "kInRoom", "kInBlocks", "kInRows"}
+            shapes[stage.name] = [stage.geometry, *(fact for fact in facts if fact[1] in known)]
         text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
         text.extend(constants(facts))
         text.append("};\n")
@@ -591,10 +596,14 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         names = ", ".join(f"stage::{camel(s.name)}" for s in (following, *stages))
         return f"Forget<Model, {names}>::run(role, step, {layer});"
 
-    for s in body:
+    stages = iter(body)
+    for s in stages:
         if s.name == "attention_output":
             text.append("      " + forget(s, [other for other in body if other.writes in half], "layer"))
-        text.append(f"      {calls[s.kind]}<Model, stage::{camel(s.name)}>::run(role, step, layer);")
+        call, after = f"{calls[s.kind]}<Model, stage::{camel(s.name)}", body[body.index(s) + 1 : body.index(s) + 2]
+        if several and s.name in shapes and after and shapes[s.name] == shapes.get(after[0].name):
+            call = f"TwinColumns<Model, stage::{camel(s.name)}, stage::{camel(next(stages).name)}"
+        text.append(f"      {call}>::run(role, step, layer);")
     text.append("    }")
     text.append("    " + forget(head, body[-1:], "Model::kLayers"))
     text.append(f"    if (role.wants_head(step)) Linear{kind}<Model, stage::Head>::run(role, step, Model::kLayers);")

@@ -14,14 +14,38 @@
 #pragma once
 #include "vectors.cuh"
 
+// What stages differ in for the consumers whose matrices have the same shape and form: their numbers, and where things are.
+struct Inputs {
+  u32 where;
+  int tile_word;
+  int words, version, flags;  // of x, in the exchange memory; see codegen.py
+  u32 writes;
+};
+template <class S>
+struct InputsOf {
+  static FF_DEVICE Inputs at(u32 layer, u32) {
+    Inputs in{S::kWhere, S::tile_word(layer), S::kInput, S::kInVersion, 0, S::kInWrites};
+    if constexpr (S::kInVersion == 0) in.flags = S::kFlagsIn;
+    return in;
+  }
+};
+// Two such stages, one after the other: consumers have one copy of their code. NOTE: the code of a layer hardly fits into the
+// instruction cache: with two copies, a pass of 16 columns of 8B takes 3 % longer in int4.
+template <class A, class B>
+struct Twins : A {};
+template <class A, class B>
+struct InputsOf<Twins<A, B>> {
+  static FF_DEVICE Inputs at(u32 layer, u32 which) { return which ? InputsOf<B>::at(layer, 0) : InputsOf<A>::at(layer, 0); }
+};
+
 // Until all blocks that write what stage S reads have published a word, at `words`: for all consumers, before they meet.
 // NOTE: each word is read by a lane of its own: such loads wait for one another.
 template <class M, class S>
-FF_DEVICE void await_words(const Consumer<M>& c, const u64* words, u32 stride, u32 tag) {
+FF_DEVICE void await_words(const Consumer<M>& c, const Inputs& in, const u64* words, u32 stride, u32 tag) {
   constexpr u32 kAtOnce = kConsumers * 32;
   const u32 first = c.warp * 32;
   if (first >= S::kInBlocks) return;
-  Looks<M> looks(c.looks_place(S::kWhere));
+  Looks<M> looks(c.looks_place(in.where));
   bool here;
 #pragma unroll 1
   do {
@@ -36,11 +60,11 @@ FF_DEVICE void await_words(const Consumer<M>& c, const u64* words, u32 stride, u
 }
 // For all consumers: what there is to wait for before x may be looked at.
 template <class M, class S>
-FF_DEVICE void await_x(const Consumer<M>& c, u32 tag) {
+FF_DEVICE void await_x(const Consumer<M>& c, const Inputs& in, u32 tag) {
   if constexpr (S::kInVersion == 0)
-    await_words<M, S>(c, c.words(S::kFlagsIn) + blockIdx.x % M::kFlagCopies * M::kFlagStride, 1, tag);
+    await_words<M, S>(c, in, c.words(in.flags) + blockIdx.x % M::kFlagCopies * M::kFlagStride, 1, tag);
   else if constexpr (S::kNewcomers)
-    await_words<M, S>(c, c.words(S::kMomentIn), M::kColumns, tag);
+    await_words<M, S>(c, in, c.words(S::kMomentIn), M::kColumns, tag);
   c.sync();  // also for what lay in the panel's place
 }
 
@@ -137,19 +161,19 @@ struct Panel {
   u32 factors;  // where those of its columns are, if it holds integers
 
   // Waits for them, as does `Operand` for those of one column.
-  FF_DEVICE Panel(const Consumer<M>& c, u32, u32 step, u32 layer)
+  FF_DEVICE Panel(const Consumer<M>& c, const Inputs& in, u32, u32 step, u32 layer)
       : lane(c.lane), columns(c.columns()), first(c.shared + Layout<M>::kPanel + c.warp * kBytes),
         factors(c.shared + Layout<M>::kFactors + c.warp * (M::kColumns * 4)), place(first) {
     constexpr u32 kPieces = M::kColumns * 4, kAll = S::kCells * kPieces;  // of 16 bytes
     constexpr int kLanes = ceil_div((int)kAll, 32), kMost = M::kColumns < 8 ? 16 : 8, kAtOnce = kLanes < kMost ? kLanes : kMost;
-    const u32 cell = c.warp % S::kWarpsColumns * S::kCells, version = c.version_of(step, layer, S::kInWrites);
-    const u8* from = reinterpret_cast<const u8*>(c.words(S::kInput) + version * S::kInVersion) + cell * kCellBytes;
+    const u32 cell = c.warp % S::kWarpsColumns * S::kCells, version = c.version_of(step, layer, in.writes);
+    const u8* from = reinterpret_cast<const u8*>(c.words(in.words) + version * in.version) + cell * kCellBytes;
     // NOTE: what is behind the last row that anybody writes is padding, and never there.
     const auto row = [&](u32 i) { return cell * 32 + PanelPiece<M>{i}.row(); };
     const auto exists = [&](u32 i) {
       return i < kAll && PanelPiece<M>{i}.exists(columns) && (S::kInRows == S::kCells * S::kWarpsColumns * 32 || row(i) < S::kInRows);
     };
-    Looks<M> looks(c.looks_place(S::kWhere));
+    Looks<M> looks(c.looks_place(in.where));
     if constexpr (S::kNewcomers) looks.first = false;  // it has been waited for
 #pragma unroll 1
     for (u32 base = 0; base < kAll; base += 32 * kAtOnce) {
@@ -199,8 +223,8 @@ struct Panel<M, S, false> {
   static constexpr u32 kCellBytes = M::kColumns * 64;
   u32 lane, columns;
 
-  FF_DEVICE Panel(const Consumer<M>& c, u32 batches, u32, u32) : lane(c.lane), columns(c.columns()), missing(kSteps * batches) {
-    from = reinterpret_cast<const u8*>(c.words(S::kInput)) + (c.warp % S::kWarpsColumns * S::kCells) * kCellBytes + lane * 16;
+  FF_DEVICE Panel(const Consumer<M>& c, const Inputs& in, u32 batches, u32, u32) : lane(c.lane), columns(c.columns()), missing(kSteps * batches) {
+    from = reinterpret_cast<const u8*>(c.words(in.words)) + (c.warp % S::kWarpsColumns * S::kCells) * kCellBytes + lane * 16;
     const u32 first = c.shared + Layout<M>::kPanel + c.warp * kBytes;
     end = first + kBytes;
     fetched.at = used.at = first;
