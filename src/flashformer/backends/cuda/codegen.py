@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -596,13 +597,14 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         names = ", ".join(f"stage::{camel(s.name)}" for s in (following, *stages))
         return f"Forget<Model, {names}>::run(role, step, {layer});"
 
-    stages = iter(body)
-    for s in stages:
+    left = deque(body)
+    while left:
+        s = left.popleft()
         if s.name == "attention_output":
             text.append("      " + forget(s, [other for other in body if other.writes in half], "layer"))
-        call, after = f"{calls[s.kind]}<Model, stage::{camel(s.name)}", body[body.index(s) + 1 : body.index(s) + 2]
-        if several and s.name in shapes and after and shapes[s.name] == shapes.get(after[0].name):
-            call = f"TwinColumns<Model, stage::{camel(s.name)}, stage::{camel(next(stages).name)}"
+        call = f"{calls[s.kind]}<Model, stage::{camel(s.name)}"
+        if several and left and s.name in shapes and shapes[s.name] == shapes.get(left[0].name):
+            call = f"TwinColumns<Model, stage::{camel(s.name)}, stage::{camel(left.popleft().name)}"
         text.append(f"      {call}>::run(role, step, layer);")
     text.append("    }")
     text.append("    " + forget(head, body[-1:], "Model::kLayers"))

@@ -30,7 +30,7 @@ struct InputsOf {
   }
 };
 // Two such stages, one after the other: consumers have one copy of their code. NOTE: the code of a layer hardly fits into the
-// instruction cache: with two copies, a pass of 16 columns of 8B takes 3 % longer in int4.
+// instruction cache: with two copies, a pass of 16 columns of 8B takes 2 % longer.
 template <class A, class B>
 struct Twins : A {};
 template <class A, class B>
