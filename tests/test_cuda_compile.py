@@ -220,6 +220,22 @@ def test_generation_is_reproducible() -> None:
     assert generate(planned(odd(), "sm_90")).text == generate(planned(odd(), "sm_90")).text
 
 
+def test_stages_that_are_alike_share_the_consumers_code() -> None:
+    """Not where one has more columns than the other, or another form, or there is one column, whose code is small enough."""
+
+    def twins(name: str, columns: int = 16, **formats: Format) -> list[tuple[str, str]]:
+        config = shape(name)
+        graph = build_graph(config)
+        forms = {w: form for w in graph.weights() for part, form in formats.items() if f"{part}.weight" in w}
+        text = generate(make_plan(config, graph, get("sm_90"), columns=columns, formats=forms)).text
+        return re.findall(r"TwinColumns<Model, stage::(\w+), stage::(\w+)>::run", text)
+
+    alike, both = [("AttentionOutput", "GateUp")], ("o_proj", "gate_proj", "up_proj")
+    int4 = NAMED["int4"]
+    assert twins("llama-3.1-8b") == twins("llama-3.1-8b", 2) == twins("llama-3.1-8b", **dict.fromkeys(both, int4)) == alike
+    assert twins("llama-3.1-8b", o_proj=int4) == twins("qwen3-0.6b") == twins("llama-3.1-8b", 1) == []
+
+
 def test_the_source_names_no_folder_of_this_machine() -> None:
     assert all("/" not in name.split("/", 1)[0] for name in headers())
     assert "/" not in "".join(re.findall(r'#include "([^"]+)"', generate(planned(odd(), "sm_90")).text))
