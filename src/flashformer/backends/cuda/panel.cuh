@@ -223,7 +223,8 @@ struct Panel<M, S, false> {
   static constexpr u32 kCellBytes = M::kColumns * 64;
   u32 lane, columns;
 
-  FF_DEVICE Panel(const Consumer<M>& c, const Inputs& in, u32 batches, u32, u32) : lane(c.lane), columns(c.columns()), missing(kSteps * batches) {
+  FF_DEVICE Panel(const Consumer<M>& c, const Inputs& in, u32 batches, u32, u32)
+      : lane(c.lane), columns(c.columns()), missing(kSteps * batches) {
     from = reinterpret_cast<const u8*>(c.words(in.words)) + (c.warp % S::kWarpsColumns * S::kCells) * kCellBytes + lane * 16;
     const u32 first = c.shared + Layout<M>::kPanel + c.warp * kBytes;
     end = first + kBytes;

@@ -6,9 +6,9 @@
 // head by head, piece by piece, and thread blocks have equal runs of them. Which positions are summed together depends on the column's
 // position alone; only who does it, and where the partial result lies meanwhile, depends on the other columns.
 //
-// The matrix instructions of a virtual head with four queries or fewer have room for another column's. Where columns of one sequence are next to
-// each other, those whose positions are the same but for their last bits (`kNeighbours`) see the same pieces: they have units together, those of
-// the first of them, and the cache is read once for all. A neighbour's queries are behind those of the columns before it.
+// The matrix instructions of a virtual head with four queries or fewer have room for another column's. Where columns of one sequence are
+// next to each other, those whose positions are the same but for their last bits (`kNeighbours`) see the same pieces: they have units
+// together, those of the first of them, and the cache is read once for all. A neighbour's queries are behind those of the columns before it.
 #pragma once
 #include "roles.cuh"
 
