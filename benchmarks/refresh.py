@@ -98,6 +98,7 @@ def measurements() -> Iterator[Measurement]:
     yield decode("llama-3.1-8b", "bf16", 80, CONTEXTS, prompts=True)
     yield decode("llama-3.1-8b", "int4", 65, CONTEXTS, prompts=True)
     yield decode("llama-3.1-8b", "bf16", 240, beside="torch.compile", prompts=True)
+    yield decode("llama-3.1-8b", "int4", 240, beside="tinygemm", prompts=True)
     yield decode("llama-3.2-1b", "bf16", 80, CONTEXTS, beside="torch.compile", prompts=True)
     yield decode("llama-3.2-1b", "int4", 40, CONTEXTS, prompts=True)
     yield decode("qwen3-0.6b", "bf16", 20, CONTEXTS)
