@@ -557,8 +557,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                     facts.append(("bool", "kNextLayer", False))
         facts.append(("int", "kOutput", buffers[stage.writes]))
         if stage.geometry:
-            known = {"kColumns", "kNewcomers", "kInRoom", "kInBlocks", "kInRows"}
-            shapes[stage.name] = [stage.geometry, *(fact for fact in facts if fact[1] in known)]
+            known = {"kNewcomers", "kInBlocks", "kInRows"}
+            shapes[stage.name] = [stage.geometry, stage.reads[0] in places.plain, *(fact for fact in facts if fact[1] in known)]
         text.append(f"  static FF_DEVICE int tile_word(u32 layer) {{ return {tile_word}; }}")
         text.extend(constants(facts))
         text.append("};\n")

@@ -14,12 +14,12 @@
 #pragma once
 #include "vectors.cuh"
 
-// What stages differ in for the consumers whose matrices have the same shape and form: their numbers, and where things are.
+// For the consumers, stages differ in no more than this if their matrices have the same shape and form.
 struct Inputs {
-  u32 where;
+  u32 where;  // the stage's number
   int tile_word;
-  int words, version, flags;  // of x, in the exchange memory; see codegen.py
-  u32 writes;
+  int words, version, flags;  // of x: places in the exchange memory, and the words of a version (0: it has flags)
+  u32 writes;                 // of x in a pass
 };
 template <class S>
 struct InputsOf {
@@ -32,7 +32,9 @@ struct InputsOf {
 // Two such stages, one after the other: consumers have one copy of their code. NOTE: the code of a layer hardly fits into the
 // instruction cache: with two copies, a pass of 16 columns of 8B takes 2 % longer.
 template <class A, class B>
-struct Twins : A {};
+struct Twins : A {
+  static_assert((A::kInVersion == 0) == (B::kInVersion == 0), "one's x has flags, the other's has not");
+};
 template <class A, class B>
 struct InputsOf<Twins<A, B>> {
   static FF_DEVICE Inputs at(u32 layer, u32 which) { return which ? InputsOf<B>::at(layer, 0) : InputsOf<A>::at(layer, 0); }
@@ -41,11 +43,11 @@ struct InputsOf<Twins<A, B>> {
 // Until all blocks that write what stage S reads have published a word, at `words`: for all consumers, before they meet.
 // NOTE: each word is read by a lane of its own: such loads wait for one another.
 template <class M, class S>
-FF_DEVICE void await_words(const Consumer<M>& c, const Inputs& in, const u64* words, u32 stride, u32 tag) {
+FF_DEVICE void await_words(const Consumer<M>& c, u32 where, const u64* words, u32 stride, u32 tag) {
   constexpr u32 kAtOnce = kConsumers * 32;
   const u32 first = c.warp * 32;
   if (first >= S::kInBlocks) return;
-  Looks<M> looks(c.looks_place(in.where));
+  Looks<M> looks(c.looks_place(where));
   bool here;
 #pragma unroll 1
   do {
@@ -62,9 +64,9 @@ FF_DEVICE void await_words(const Consumer<M>& c, const Inputs& in, const u64* wo
 template <class M, class S>
 FF_DEVICE void await_x(const Consumer<M>& c, const Inputs& in, u32 tag) {
   if constexpr (S::kInVersion == 0)
-    await_words<M, S>(c, in, c.words(in.flags) + blockIdx.x % M::kFlagCopies * M::kFlagStride, 1, tag);
+    await_words<M, S>(c, in.where, c.words(in.flags) + blockIdx.x % M::kFlagCopies * M::kFlagStride, 1, tag);
   else if constexpr (S::kNewcomers)
-    await_words<M, S>(c, in, c.words(S::kMomentIn), M::kColumns, tag);
+    await_words<M, S>(c, in.where, c.words(S::kMomentIn), M::kColumns, tag);
   c.sync();  // also for what lay in the panel's place
 }
 
