@@ -281,6 +281,8 @@ def make_plan(
             break
     if columns <= FEW_COLUMNS and 0 < target.many_groups <= plain_groups(stages):
         target = replace(target, finisher_warps=target.finisher_warps + 1)
+    if columns == 1 and sum(stage.weight_bytes for stage in stages if stage.layer == 0) <= target.short_layer_bytes:
+        target = replace(target, first_look_cycles=target.short_first_look_cycles)
     buffers: dict[str, Buffer] = {}
     for spec in specs:
         if spec.writes and spec.writes not in buffers:

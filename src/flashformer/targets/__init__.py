@@ -48,6 +48,8 @@ class Target:
     prefetch_chunks: int = 0  # how far L2 prefetches run ahead of a full ring
     prefetch_cycles: int = 0  # between two of them: an SM's fair share of the bandwidth
     first_look_cycles: int = 0  # before a vector is polled: an exchange takes no less
+    short_layer_bytes: int = 0  # of weights, at most, of a layer whose exchanges take longer than they do: vectors are polled
+    short_first_look_cycles: int = 0  # so soon then
     panel_bytes: int = 0  # that vectors of several columns may take of shared memory, if need be by less than a whole vector,
     plain_panel_bytes: int = 0  # and where weights are 16-bit values, which wait for the ring more than for their vectors (0: as many)
     exchange_copies: int = 1  # of a vector that every SM reads, so that not all poll the same lines

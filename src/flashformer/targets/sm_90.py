@@ -32,5 +32,7 @@ TARGET = Target(
     prefetch_chunks=12,
     prefetch_cycles=900,
     first_look_cycles=1500,
+    short_layer_bytes=64 << 20,  # 1B in int4 has 32 MB, and 2.1 % less time a token with the sooner look; 8B in int4 116, and more time
+    short_first_look_cycles=1250,
     exchange_copies=4,
 )
