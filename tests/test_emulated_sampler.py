@@ -27,6 +27,8 @@ TOKENS = 4  # of a launch
 # (blocks, vocabulary, finishers): rows that end within a tile, more blocks than lanes, blocks without rows.
 SHAPES = [(5, 1003, 3), (33, 300, 1), (7, 40, 4)]
 FREE_BYTES = 2560  # of shared memory for what meets: all finishers, or each of them where each has columns of its own
+LIST_BYTES = 1536  # more of it, for lists, where all finishers have one column
+SHORTLIST = 12  # tokens that a block lists at most: sometimes there are more, as there are more than the lists' shared memory holds
 
 
 def compile_stage(shape: tuple[int, int, int], columns: int, folder: Path) -> Any:
@@ -42,8 +44,8 @@ def compile_stage(shape: tuple[int, int, int], columns: int, folder: Path) -> An
     ):
         (folder / f"{name}.h").write_text(roles[roles.index(first) : roles.index(last)])
     (folder / "columns.cuh").write_text((codegen.HEADERS / "columns.cuh").read_text())  # away from the real roles.cuh
-    free = FREE_BYTES * (finishers if columns > 1 else 1)
-    values = {"WORKERS": workers, "VOCAB": vocab, "FINISHERS": finishers, "FREE_BYTES": free, "COLUMNS": columns}
+    free = FREE_BYTES * finishers if columns > 1 else FREE_BYTES + LIST_BYTES
+    values = {"WORKERS": workers, "VOCAB": vocab, "FINISHERS": finishers, "FREE_BYTES": free, "COLUMNS": columns, "SHORTLIST": SHORTLIST}
     values |= {name: getattr(codegen, name) for name in ("PART_WORDS", "ROUND_TAGS", "LIST_WORDS")}
     defines = [f"-D{name}={value}" for name, value in values.items()]
     include = [f"-I{path}" for path in (EMULATED, folder, codegen.OPERATORS)]
@@ -183,6 +185,14 @@ def test_few_rounds_do(kernel: Kernel, options: dict[str, float], most: float) -
     logits = np.random.default_rng(2).normal(0, 1, (40, kernel.vocab)).astype(np.float32)
     kernel(SamplingParams(**{"temperature": 0.8, "seed": 5, **options}).lower(kernel.vocab, [1]), logits, 1, 0, 1)  # type: ignore[arg-type]
     assert len(logits) <= kernel.rounds <= most * len(logits)
+
+
+@pytest.mark.parametrize("kernel", [SHAPES[0]], ids=str, indirect=True)
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_k": 7}, {"top_k": 4, "top_p": 0.8, "min_p": 0.01, "logprobs": 3}], ids=str)
+def test_one_round_does_where_lists_are_short(kernel: Kernel, options: dict[str, float]) -> None:
+    logits = np.random.default_rng(2).normal(0, 1, (40, kernel.vocab)).astype(np.float32)
+    kernel(SamplingParams(**{"temperature": 0.8, "seed": 5, **options}).lower(kernel.vocab, [1]), logits, 1, 0, 1)  # type: ignore[arg-type]
+    assert kernel.rounds == len(logits)
 
 
 def test_what_cannot_be_chosen_from_is_said(kernel: Kernel) -> None:

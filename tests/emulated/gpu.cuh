@@ -791,6 +791,13 @@ inline u16 load_shared16(u32 a) { return gpu::load<u16>(a); }
 inline u32 load_shared8(u32 a) { return gpu::load<u8>(a); }
 inline float load_shared_float(u32 a) { return gpu::load<float>(a); }
 inline void store_shared(u32 a, u32 v) { gpu::store(a, v); }
+inline u64 load_shared64(u32 a) { return gpu::load<u64>(a); }
+inline void store_shared64(u32 a, u64 v) { gpu::store(a, v); }
+inline u32 add_shared(u32 a, u32 v) {
+  const u32 before = gpu::load<u32>(a);
+  gpu::store(a, before + v);
+  return before;
+}
 inline void store_shared_float(u32 a, float v) { gpu::store(a, v); }
 inline void store_shared4(u32 a, const uint4& v) { gpu::store(a, v); }
 inline void store_shared16(u32 a, u16 v) { gpu::store(a, v); }

@@ -123,6 +123,7 @@ inline u32 __ballot_sync(u32, bool vote) {
   for (u32 i = 0; i < 32; i++) all |= u32(votes[i]) << i;
   return all;
 }
+inline bool __all_sync(u32 lanes, bool vote) { return __ballot_sync(lanes, vote) == kAllLanes; }
 inline bool __any_sync(u32 lanes, bool vote) { return __ballot_sync(lanes, vote) != 0; }
 inline u32 __reduce_min_sync(u32, u32 v) {
   const u64* values = all_lanes(v);
@@ -190,6 +191,17 @@ inline uint4 load_shared4(u32 at) {
 }
 inline float load_shared_float(u32 at) { return bits<float>(load_shared(at)); }
 inline void store_shared(u32 at, u32 v) { std::memcpy(shared_memory(at, 4), &v, 4); }
+inline u64 load_shared64(u32 at) {
+  u64 v;
+  std::memcpy(&v, shared_memory(at, 8), 8);
+  return v;
+}
+inline void store_shared64(u32 at, u64 v) { std::memcpy(shared_memory(at, 8), &v, 8); }
+inline u32 add_shared(u32 at, u32 v) {
+  const u32 before = load_shared(at);
+  store_shared(at, before + v);
+  return before;
+}
 inline void store_shared_float(u32 at, float v) { store_shared(at, bits<u32>(v)); }
 inline void store_shared_release(u32 at, u32 v) { store_shared(at, v); }
 inline u32 load_volatile(const u32* p) { return yield(), *p; }
@@ -207,6 +219,7 @@ struct Word {
 inline Word split(u64 w) { return {u32(w), u32(w >> 32)}; }
 inline u64 join(u32 value, u32 tag) { return u64(tag) << 32 | value; }
 inline u64 load_word(const u64* p) { return yield(), *p; }
+inline void store_word(u64* p, u32 value, u32 tag) { yield(), *p = join(value, tag); }
 inline u64 load_word_acquire(const u64* p) { return load_word(p); }
 inline void load_words(const u64* p, u64& a, u64& b) { yield(), a = p[0], b = p[1]; }
 inline void store_words(u64* p, u32 a, u32 b, u32 tag) { yield(), p[0] = join(a, tag), p[1] = join(b, tag); }

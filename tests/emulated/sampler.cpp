@@ -10,7 +10,9 @@ struct Stage {
   static constexpr u32 kWhere = 0, kRoundTags = ROUND_TAGS;
   static constexpr int kPartWords = PART_WORDS, kRoundsStride = 4 * PART_WORDS * WORKERS, kListsStride = LIST_WORDS;
   static constexpr int kOutput = 0, kRounds = 4 * WORKERS * COLUMNS + 4, kLists = kRounds + COLUMNS * kRoundsStride;
-  static constexpr int kWords = kLists + COLUMNS * kListsStride;
+  static constexpr int kShortlists = kLists + COLUMNS * kListsStride;
+  static constexpr u32 kShortlist = SHORTLIST;
+  static constexpr int kEarly = kShortlists + WORKERS * 2 * 4 * SHORTLIST, kWords = kEarly + WORKERS * 2 * FINISHERS;
 };
 constexpr float kNan = __builtin_nanf("");
 constexpr u32 kNap = 400 * WORKERS;  // turns
@@ -88,7 +90,9 @@ extern "C" int emulate(const Sampling* sampling, const float* logits, u32 steps,
     for (u32 step = 0; step < steps; step++) {
       f.forget();
       if (step + 1 >= forced_count)
-        for (u32 tile = f.index; tile < tiles.y; tile += FINISHERS) {
+        for (u32 tile = f.index;; tile += FINISHERS) {
+          Early<Model, Stage>::turn(f, step, tile, tiles.y);
+          if (tile >= tiles.y) break;
           const u32 row = (tiles.x + tile) * 8 + f.lane;
           if (f.lane < 8 && row < VOCAB) take_logit(f, step, row, logits[(step + 1 - forced_count) * VOCAB + row]);
         }

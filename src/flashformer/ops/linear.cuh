@@ -92,7 +92,9 @@ struct Linear {
     if constexpr (S::kNorm)
       if (turn < turns) scale = norm_scale<M, S>(f, tag);
 #pragma unroll 1
-    for (; turn < turns; turn += M::kFinishers) {
+    for (;; turn += M::kFinishers) {
+      if constexpr (S::kEpilogue == Epilogue::kLogits) Early<M, S>::turn(f, step, turn, turns);
+      if (turn >= turns) break;
       // Which tile and row this lane finishes: after the sums below, the octets of the warp hold up to four tiles of a pass, and of codes
       // lane (g, t) has row g of tile t of a pass.
       // NOTE: all that does not need the sums comes before the wait for them.

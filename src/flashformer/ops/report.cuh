@@ -8,13 +8,16 @@ template <class M, class S, int kTeam = M::kFinishers>
 struct Report {
   using At = Rounds<M, S, kTeam>;
 
-  // For one finisher, after the first round, which found `all`: list this block's tokens that may be among the most likely ones.
-  static FF_DEVICE void begin(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step, const Part& all) {
+  // For one finisher, after the first round, which found `all`.
+  static FF_DEVICE void note(const Finisher<M>& f, const Meeting& meeting, const Part& all) {
     if (f.lane == 0) {
       store_shared_float(meeting.softmax, logit_of(all.count[1]));
       store_shared_float(meeting.softmax + 4, all.sum());
     }
     __syncwarp();
+  }
+  // Then, for the same: list this block's tokens that may be among the most likely ones.
+  static FF_DEVICE void begin(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step) {
     const u32 mine = load_shared(At::base(f) + At::kBest + blockIdx.x * 8 + 4);
     u32 rank = 0;
     for (u32 block = f.lane; block < M::kWorkers; block += 32) {
@@ -23,7 +26,7 @@ struct Report {
     }
     rank = __reduce_add_sync(kAllLanes, rank);
     if (rank >= s.reported) return;
-    const u32 at_least = At::nth_best(f, 1, s.reported), most = s.reported - rank;
+    const u32 at_least = At::nth_best_of_blocks(f, 1, s.reported), most = s.reported - rank;
     Best two;
     u64 entry = kNothing, from = 0;  // lane l: the l-th
     bool missing = true;
@@ -39,23 +42,65 @@ struct Report {
     if (f.lane < most) store_words(meeting.lists + 2 * (f.lane * width(s) + rank), (u32)entry, (u32)(entry >> 32), epoch(f, step));
   }
 
+  // Behind `begin`, for one finisher of the first block: all that is listed, into shared memory; how many there are.
+  static FF_DEVICE u32 gather(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step) {
+    constexpr u32 kAtOnce = 4;  // rows of a lane each: a trip to memory for all
+    const u32 n = s.reported, ranks = width(s), tag = epoch(f, step);
+    u32 count = 0;
+#pragma unroll 1
+    for (u32 first = f.lane; first - f.lane < n * ranks; first += 32 * kAtOnce) {
+      u64 w[kAtOnce][2];
+#pragma unroll
+      for (u32 k = 0; k < kAtOnce; k++) w[k][0] = w[k][1] = join(~0u, tag);
+      Wait wait;
+      bool here;
+      do {
+        here = true;
+#pragma unroll
+        for (u32 k = 0; k < kAtOnce; k++) {
+          const u32 at = first + k * 32;
+          if (at / ranks + at % ranks < n) load_words(meeting.lists + 2 * at, w[k][0], w[k][1]);
+          here = here && split(w[k][0]).tag == tag && split(w[k][1]).tag == tag;
+        }
+      } while (!__all_sync(kAllLanes, here) && !__any_sync(kAllLanes, wait.expired(f.watch)));
+#pragma unroll
+      for (u32 k = 0; k < kAtOnce; k++) {
+        const u64 entry = join(split(w[k][0]).value, split(w[k][1]).value);
+        const u32 there = __ballot_sync(kAllLanes, entry != kNothing);
+        if (there == 0) return count;  // the lists have ended
+        if (there >> f.lane & 1) store_shared64(place(f, count + __popc(there & ((1u << f.lane) - 1))), entry);
+        count += __popc(there);
+        __syncwarp();
+      }
+    }
+    return count;
+  }
+  // Where entry i of all that are listed is in shared memory.
+  static FF_DEVICE u32 place(const Finisher<M>& f, u32 i) { return At::base(f) + At::kList + i * 8; }
+  // For one finisher of the first block: put so many entries in order.
+  static FF_DEVICE void sort(const Finisher<M>& f, const Sampling& s, u32 count) {
+    if (f.lane < kMostReported) store_shared64(top(f, f.lane), kNothing);
+    __syncwarp();
+#pragma unroll 1
+    for (u32 i = f.lane; i < count; i += 32) {
+      const u64 entry = load_shared64(place(f, i));
+      u32 before = 0;
+#pragma unroll 4
+      for (u32 k = 0; k < count; k++) before += load_shared64(place(f, k)) < entry ? 1 : 0;
+      if (before < s.reported) store_shared64(top(f, before), entry);
+    }
+    __syncwarp();
+  }
+
   // For one finisher of each block: `chosen` is token number `made` of those to be reported. The host is told by the block that has its
   // row, and by the first.
-  static FF_DEVICE void send(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step, u32 made, u32 chosen, bool own) {
+  static FF_DEVICE void send(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 made, u32 chosen, bool own) {
     u64* report = s.report + (u64)made * kReportWords;
     const float likeliest = load_shared_float(meeting.softmax), sum = load_shared_float(meeting.softmax + 4);
     if (own && f.lane == 0) store_host(report + 1, join(float_bits(s.raw[chosen]), float_bits(likeliest)));
     if (blockIdx.x != 0) return;
     if (f.lane == 0) store_host(report, (u64)(sum * (float)(1ull << kMassBits)));
-    const u32 count = gather(f, s, meeting.lists, step);
-#pragma unroll 1
-    for (u32 i = f.lane; i < count; i += 32) {
-      const u64 entry = listed(f, i);
-      u32 place = 0;
-#pragma unroll 1
-      for (u32 k = 0; k < count; k++) place += listed(f, k) < entry ? 1 : 0;
-      if (place < s.reported) store_host(report + 2 + place, entry);
-    }
+    if (f.lane < s.reported) store_host(report + 2 + f.lane, load_shared64(top(f, f.lane)));
   }
 
  private:
@@ -85,34 +130,5 @@ struct Report {
   static FF_DEVICE u32 epoch(const Finisher<M>& f, u32 step) { return f.p.epoch + Block<M>::fresh(step); }
   // Of lists [place in its list][width: rank of its block].
   static FF_DEVICE u32 width(const Sampling& s) { return min(s.reported, M::kWorkers); }
-  static FF_DEVICE u64 listed(const Finisher<M>& f, u32 i) {
-    const uint2 v = load_shared2(At::base(f) + At::kList + i * 8);
-    return join(v.x, v.y);
-  }
-
-  // All that is listed, into shared memory; how many there are.
-  static FF_DEVICE u32 gather(const Finisher<M>& f, const Sampling& s, const u64* lists, u32 step) {
-    const u32 n = s.reported, ranks = width(s), tag = epoch(f, step);
-    Wait wait;
-    u32 count = 0;
-#pragma unroll 1
-    for (u32 first = 0; first < n * ranks; first += 32) {
-      const u32 at = first + f.lane, place = at / ranks;
-      u64 a = join(~0u, tag), b = a;
-      if (place + at % ranks < n)
-        do load_words(lists + 2 * at, a, b);
-        while ((split(a).tag != tag || split(b).tag != tag) && !wait.expired(f.watch));
-      __syncwarp();
-      const u32 low = split(a).value, high = split(b).value, there = __ballot_sync(kAllLanes, join(low, high) != kNothing);
-      if (there == 0) break;  // the lists have ended
-      if (there >> f.lane & 1) {
-        const u32 to = At::base(f) + At::kList + (count + __popc(there & ((1u << f.lane) - 1))) * 8;
-        store_shared(to, low);
-        store_shared(to + 4, high);
-      }
-      count += __popc(there);
-    }
-    __syncwarp();
-    return count;
-  }
+  static FF_DEVICE u32 top(const Finisher<M>& f, u32 i) { return At::base(f) + At::kTop + i * 8; }
 };

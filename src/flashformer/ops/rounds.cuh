@@ -41,6 +41,31 @@ FF_DEVICE u64 warp_min(u64 x) {
   return join(__reduce_min_sync(kAllLanes, (u32)(x >> 32) == high ? (u32)x : ~0u), high);
 }
 
+// An order that at least n of all lanes' orders are not above, and the n-th best one is not below by more than 1/256 of their range; ~0 where
+// there are fewer than n below ~0.
+template <int kEach>
+FF_DEVICE u32 nth_best(const u32 (&orders)[kEach], u32 n) {
+  u32 least = ~0u, most = 0, there = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; i++) {
+    least = min(least, orders[i]);
+    if (orders[i] != ~0u) most = orders[i] > most ? orders[i] : most, there++;
+  }
+  if (__reduce_add_sync(kAllLanes, there) < n) return ~0u;
+  u32 low = __reduce_min_sync(kAllLanes, least), high = __reduce_max_sync(kAllLanes, most);
+#pragma unroll 1
+  for (u32 i = 0; i < 8; i++) {
+    const u32 middle = low + (high - low) / 2;
+    u32 enough = 0;
+#pragma unroll
+    for (int k = 0; k < kEach; k++) enough += orders[k] <= middle ? 1 : 0;
+    enough = __reduce_add_sync(kAllLanes, enough) >= n;
+    low = enough ? low : middle;
+    high = enough ? middle : high;
+  }
+  return high;
+}
+
 // What a block tells in a round, and what comes of all: the words have other meanings in the first round than in later ones.
 struct Part {
   static constexpr int kWords = 10;
@@ -48,7 +73,9 @@ struct Part {
   u32 order;      // of the candidate's logit
   u32 news;       // first round: is the launch cancelled? Later the largest order within `probe` that a token has
   u32 count[2];  // first round: the orders of the largest logit and of the largest one as the model gives them
-  u64 mass[2];   // first round: [0] as a float, the sum of exponentials of what the model gives, relative to its largest one
+  // First round: [0] as a float, the sum of exponentials of what the model gives, relative to its largest one; [1] how many tokens a block
+  // lists (`Lists`), of which nothing comes for all.
+  u64 mass[2];
 
   static FF_DEVICE Part of(u64 candidate, bool first) {  // and nothing else
     return {candidate, ~0u, 0, {first ? ~0u : 0, first ? ~0u : 0}, {0, 0}};
@@ -130,9 +157,11 @@ struct Rounds {
   static constexpr u32 kLanes = kTeam * 32;
   // Of a team in shared memory:
   static constexpr int kOwn = 0, kAll = kOwn + kTeam * Part::kWords * 4;  // parts of the finishers: of this block, of all
-  static constexpr int kBest = kAll + kTeam * Part::kWords * 4;           // [blocks] orders of: the largest logit, the likeliest
+  // [blocks] (order of the largest logit, or of one column what is listed; order of the likeliest)
+  static constexpr int kBest = kAll + kTeam * Part::kWords * 4;
   static constexpr int kList = kBest + M::kWorkers * 8;                   // of the report
-  static constexpr int kBytes = kList + kMostListed * 8;
+  static constexpr int kTop = kList + kMostListed * 8;                    // the same in order, as far as it is reported
+  static constexpr int kBytes = kTop + kMostReported * 8;
   static constexpr int kSoftmax = kBytes * (M::kFinishers / kTeam);       // [columns] see Meeting
   static constexpr int kEnd = kSoftmax + M::kColumns * 8;
   static constexpr u64 kGivenUp = 0;  // in the place of a candidate, better than any: a wait took too long
@@ -171,24 +200,15 @@ struct Rounds {
     return all;
   }
 
-  // An order that the best tokens of at least n blocks have or surpass, to 16 bits; `which`: 0 by their logits, 1 by those of the model
-  // itself. ~0 where there are fewer blocks.
-  static FF_DEVICE u32 nth_best(const Finisher<M>& f, u32 which, u32 n) {
-    if (n > M::kWorkers) return ~0u;
-    u32 best[kEach], value = 0;
+  // An order that the best tokens of at least n blocks have or surpass; `which`: 0 by their logits, 1 by those of the model itself.
+  static FF_DEVICE u32 nth_best_of_blocks(const Finisher<M>& f, u32 which, u32 n) {
+    u32 best[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
       const u32 block = f.lane + i * 32;
       best[i] = block < M::kWorkers ? load_shared(base(f) + kBest + block * 8 + which * 4) : ~0u;
     }
-#pragma unroll 1
-    for (u32 bit = 1u << 31; bit > 0xffff; bit >>= 1) {
-      u32 below = 0;
-#pragma unroll
-      for (int i = 0; i < kEach; i++) below += best[i] < (value | bit) ? 1 : 0;
-      if (__reduce_add_sync(kAllLanes, below) < n) value |= bit;
-    }
-    return value | 0xffff;
+    return nth_best(best, n);
   }
 
  private:
@@ -248,7 +268,7 @@ struct Rounds {
         const Part part = Part::unpack(values);
         if (r.first) {
           const u32 best = base(f) + kBest + (block + k * kLanes) * 8;
-          store_shared(best, part.count[0]);
+          store_shared(best, M::kColumns > 1 ? part.count[0] : (u32)part.mass[1]);
           store_shared(best + 4, part.count[1]);
         }
         sum.merge(part, r.first);

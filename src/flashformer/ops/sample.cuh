@@ -6,25 +6,33 @@
 // each other more, in one round or a few.
 #pragma once
 #include "report.cuh"
-#include "select.cuh"
+#include "shortlist.cuh"
 
 // What a logit counts in the choice of the token at `position`; what is to be looked at closer is kept in `raw` and `scores`, which stand
 // for those of `s`. `seen`: see `adjusted`.
-FF_DEVICE float weigh(const Sampling& s, float* raw, float* scores, float logit, u32 token, u32 seen, u32 position) {
+struct Weighed {
+  float logit, score;  // after bias and penalties
+};
+FF_DEVICE Weighed weigh(const Sampling& s, float* raw, float* scores, float logit, u32 token, u32 seen, u32 position) {
   if (s.flags & kReported) raw[token] = logit;
   const float x = adjusted(s, logit, token, seen), counted = score(s, x, position, token);
   if (s.flags & kSelected) {
     scores[2 * token] = x;
     scores[2 * token + 1] = counted;
   }
-  return counted;
+  return {x, counted};
 }
 
 // One logit of a finisher's lane. What is not used costs one branch that all lanes take alike.
 template <class M>
 FF_DEVICE void take_logit(Finisher<M>& f, u32 step, u32 token, float logit) {
   const Sampling& s = f.p.sampling;
-  if (s.flags) logit = weigh(s, s.raw, s.scores, logit, token, s.flags & kPenalised ? s.seen[token] : 0, f.position(step) + 1);
+  if (s.flags) {
+    const Weighed w = weigh(s, s.raw, s.scores, logit, token, s.flags & kPenalised ? s.seen[token] : 0, f.position(step) + 1);
+    f.likeliest = min(f.likeliest, order_of(logit));
+    f.largest = min(f.largest, order_of(w.logit));
+    logit = w.score;
+  }
   f.propose(logit, token);
 }
 
@@ -53,26 +61,32 @@ struct Decision {
   Part all;  // its candidate is the best one that is not dropped
   Selection<M> selection;
 
-  // This block's part of the first round; `candidate`: the lane's best one, as `ranked`.
-  static FF_DEVICE Part opening(const Finisher<M>& f, const Sampling& s, u64 candidate, u32 news) {
+  // This block's part of the first round; `candidate`: the lane's best one, as `ranked`. `also` gets (token, logit) as the model gives them, if
+  // these are reported.
+  template <class Also>
+  static FF_DEVICE Part opening(const Finisher<M>& f, const Sampling& s, u64 candidate, u32 news, Also also) {
     Part part = Part::of(candidate, true);
     part.news = news;
-    if (s.flags & kSelected)
+    if constexpr (M::kColumns == 1) part.count[0] = f.largest;
+    else if (s.flags & kSelected)
       each_row<At::kLanes, 2>(f, At::lane(f), s.scores, [&](u32, float x, float) { part.count[0] = min(part.count[0], order_of(x)); });
-    if (s.flags & kReported) each_row<At::kLanes, 1>(f, At::lane(f), s.raw, [&](u32, float x) { part.add_logit(x); });
+    if (s.flags & kReported)
+      each_row<At::kLanes, 1>(f, At::lane(f), s.raw, [&](u32 row, float x) {
+        part.add_logit(x);
+        also(row, x);
+      });
     return part;
   }
 
   // What comes of a round. True: the candidate is the choice; else there is another round.
-  FF_DEVICE bool learn(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step, u32 round, const Part& part) {
+  FF_DEVICE bool learn(const Finisher<M>& f, const Sampling& s, u32 round, const Part& part) {
     bool done = part.candidate == At::kGivenUp;
     if (round == 0) {
       all = part;
-      if (s.flags & kReported && (kTeam == 1 || f.index == 0)) Report<M, S, kTeam>::begin(f, s, meeting, step, all);
       done |= !(s.flags & kSelected) || !(all.score() < INFINITY) || all.token() >= M::kVocab;
       if (!done) {
         const u32 k = s.flags & kTopK ? min(s.top_k, M::kVocab) : M::kVocab;
-        selection.begin(s, all, k, At::nth_best(f, 0, k));
+        selection.begin(s, all, k, M::kColumns == 1 ? f.worst_kept : At::nth_best_of_blocks(f, 0, k));
       }
     } else {
       done |= selection.learn(s, round, part, all);
@@ -107,6 +121,7 @@ struct Decision {
 template <class M, class S>
 struct Sample {
   using L = Layout<M>;
+  using All = Lists<M, S>;
 
   static FF_DEVICE void run(Producer<M>&, u32) {}
   static FF_DEVICE void run(Consumer<M>& c, u32) {
@@ -127,10 +142,9 @@ struct Sample {
         last |= !found;
         for (u32 i = 0; i < f.p.stop_count; i++) last |= choice == f.p.stop[i];
       }
-      fence_device();  // what others wrote before they published is visible from here on: the KV cache
       fence_copy_engine();
       if (chosen && found && (f.p.sampling.flags & kReported))
-        Report<M, S>::send(f, f.p.sampling, meeting(f), step, step + 1 - f.p.forced_count, choice, owns(f, choice));
+        Report<M, S>::send(f, f.p.sampling, meeting(f), step + 1 - f.p.forced_count, choice, owns(f, choice));
       if (f.lane == 0) {
         // NOTE: a token's row belongs to one block, which alone reads and writes how often the token was seen.
         if (chosen && found && (f.p.sampling.flags & kPenalised) && owns(f, choice)) f.p.sampling.seen[choice]++;
@@ -176,6 +190,7 @@ struct Sample {
       cancelled |= (split(b).value & kCancel) != 0;
     }
     __syncwarp();
+    fence_device();  // what others wrote before they published is visible from here on: the KV cache
     best_of_lanes(f);
     return __any_sync(kAllLanes, cancelled);
   }
@@ -187,17 +202,31 @@ struct Sample {
   // The same where tokens are selected or reported, for all finishers.
   static FF_DEVICE bool look_closer(Finisher<M>& f, u32 step) {
     const u32 cancel = f.index == 0 && blockIdx.x == 0 && load_volatile(f.p.cancel);
-    f.sync();  // the scores of all finishers are there
     const Sampling& s = f.p.sampling;
+    All::forget(f);
+    f.sync();  // the scores of all finishers are there
+    if (f.worst_kept != ~0u)
+      each_row<Rounds<M, S>::kLanes, 2>(f, Rounds<M, S>::lane(f), s.scores, [&](u32 row, float x, float score) {
+        if (order_of(x) <= f.worst_kept) All::add(f, kKept, step, order_of(x), ranked(score, row));
+      });
     Decision<M, S> decision;
-    Part part = decision.opening(f, s, ranked(f.best, f.best_row), cancel);
+    Part part = decision.opening(f, s, ranked(f.best, f.best_row), cancel, [&](u32 row, float x) {
+      if (f.worst_likely != ~0u && order_of(x) <= f.worst_likely) All::add(f, kLikely, step, order_of(x), ranked(x, row));
+    });
     // NOTE: from here on this block's consumers are at rest, and the shared memory of the reductions is free.
     barrier_wait(f.shared + L::kDone, step & 1, f.watch);
     f.sync();
+    part.mass[1] = All::counts(f);
 #pragma unroll 1
     for (u32 round = 0;; round++) {
       part = Rounds<M, S>::meet(f, s, meeting(f), step, round, part);
-      if (decision.learn(f, s, meeting(f), step, round, part)) break;
+      const bool done = decision.learn(f, s, round, part);
+      if (round == 0) {
+        // NOTE: the last finisher does this while the first one chooses.
+        if (s.flags & kReported && f.index == M::kFinishers - 1) find_likeliest(f, s, step, part);
+        if (!done && Shortlist<M, S>::choose(f, s, step, decision.selection, decision.all)) break;
+      }
+      if (done) break;
       part = decision.selection.template tally<Rounds<M, S>>(f, s);
     }
     const Part& all = decision.all;
@@ -206,6 +235,19 @@ struct Sample {
     fence_device();  // each finisher has seen other blocks' words: what these wrote before is visible to all of this block
     f.sync();
     return all.news != 0;
+  }
+  // The most likely tokens, for one finisher: they get to the first block's shared memory.
+  static FF_DEVICE void find_likeliest(const Finisher<M>& f, const Sampling& s, u32 step, const Part& all) {
+    using R = Report<M, S>;
+    R::note(f, meeting(f), all);
+    const auto keep = [&](u32 i, u32, u64 entry) { store_shared64(R::place(f, i), entry); };
+    u32 count = All::kTooMany;
+    if (f.worst_likely != ~0u)
+      count = blockIdx.x ? All::count(f, kLikely, kMostListed) : All::gather(f, kLikely, step, kMostListed, R::place(f, 0), 8, keep);
+    if (count == All::kTooMany) R::begin(f, s, meeting(f), step);
+    if (blockIdx.x != 0) return;
+    if (count == All::kTooMany) count = R::gather(f, s, meeting(f), step);
+    R::sort(f, s, count);
   }
   static FF_DEVICE Meeting meeting(const Finisher<M>& f) {
     return {f.words(S::kRounds), f.words(S::kLists), f.shared + Rounds<M, S>::kSoftmax};

@@ -36,7 +36,7 @@ FF_DEVICE void weigh_columns(const Finisher<M>& f, u32 token, float (&logits)[M:
     float x = logits[0];
 #pragma unroll
     for (u32 i = 1; i < M::kColumnGroups; i++) x = i == j ? logits[i] : x;
-    x = weigh(s, ColumnLogits<M>::raw(f.p, c), ColumnLogits<M>::scores(f.p, c), x, token, seen, column.position + 1);
+    x = weigh(s, ColumnLogits<M>::raw(f.p, c), ColumnLogits<M>::scores(f.p, c), x, token, seen, column.position + 1).score;
 #pragma unroll
     for (u32 i = 0; i < M::kColumnGroups; i++) logits[i] = i == j ? x : logits[i];
   }
@@ -229,11 +229,15 @@ struct SampleColumns {
         if (round > 0) part = At::hear(f, looks, at, step, round - 1);
         const Sampling s = sampling(f, c);
         if (round == 0) {
-          part = Decision<M, S, 1>::opening(f, s, best_of_block(f, c), 0);
+          part = Decision<M, S, 1>::opening(f, s, best_of_block(f, c), 0, [](u32, float) {});
         } else {
           // NOTE: at first it has nothing to load, but what is set on some ways only takes registers on all.
           Decision<M, S, 1> decision = Decision<M, S, 1>::load(state_place(f, c));
-          if (decision.learn(f, s, at, step, round - 1, part)) {
+          if (round == 1 && s.flags & kReported) {
+            Report<M, S, 1>::note(f, at, part);
+            Report<M, S, 1>::begin(f, s, at, step);
+          }
+          if (decision.learn(f, s, round - 1, part)) {
             if (f.lane == 0) store_shared(chosen_place(f, c), choice_of(decision.all.candidate));
             columns &= ~(1u << c);
             continue;
@@ -266,7 +270,8 @@ struct SampleColumns {
   }
   static FF_DEVICE void report(const Finisher<M>& f, u32 step) {
     each_made(f, columns_with(f, kReported) & columns_of(f), [&](u32 c, const Sampling& s, u32 token, u32 number) {
-      Report<M, S, 1>::send(f, s, meeting(f, c), step, number, token, owns(f, token));
+      if (blockIdx.x == 0) Report<M, S, 1>::sort(f, s, Report<M, S, 1>::gather(f, s, meeting(f, c), step));
+      Report<M, S, 1>::send(f, s, meeting(f, c), number, token, owns(f, token));
     });
   }
   static_assert(At::kEnd + M::kColumns * Decision<M, S, 1>::kStateBytes <= L::kResidual, "too little shared memory");

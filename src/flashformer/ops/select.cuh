@@ -87,6 +87,16 @@ struct Selection {
     return verdict == Cut::kKept;
   }
 
+  // A token's share of what a round tells, but for the candidate.
+  FF_DEVICE void count(Part& part, u32 order, u64 mass) const {
+    if (order <= probe && order > part.news) part.news = order;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (order <= (i ? probe : reach)) {
+        part.count[i]++;
+        part.mass[i] += mass;
+      }
+  }
   // This block's part of a round: the tokens of at most the two orders, and the best candidate of those within reach.
   template <class At>
   FF_DEVICE Part tally(Finisher<M>& f, const Sampling& s) const {
@@ -95,15 +105,7 @@ struct Selection {
     each_row<At::kLanes, 2>(f, At::lane(f), s.scores, [&](u32 row, float x, float score) {
       const u32 order = order_of(x);
       if (order <= reach) f.propose(score, row);
-      if (order <= probe && order > part.news) part.news = order;
-      if (order > reach && order > probe) return;
-      const u64 m = s.flags & kTopP ? mass_of(s, x, cut.largest) : 0;
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (order <= (i ? probe : reach)) {
-          part.count[i]++;
-          part.mass[i] += m;
-        }
+      if (order <= reach || order <= probe) count(part, order, s.flags & kTopP ? mass_of(s, x, cut.largest) : 0);
     });
     part.candidate = ranked(f.best, f.best_row);
     return part;

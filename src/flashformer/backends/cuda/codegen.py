@@ -19,6 +19,7 @@ from ...errors import PlanError
 from ...formats import PLAIN, Format
 from ...geometry import PART_BUFFERS, SLICE_BUFFERS, WIDE, Geometry, ceil_div, round_up
 from ...plan import COLUMN_HEADS, Buffer, Plan, Stage
+from ...targets import Target
 from ..sampling import MAX_LOGPROBS, SAMPLING, SamplingStruct
 from ..sequence import SEQUENCE
 from ..source import Field, cache_facts, camel, constants, ctypes_fields, struct
@@ -33,6 +34,8 @@ STREAM = "weight stream"  # where a waiting producer stands
 PART_WORDS = 10  # of what a block tells in a round within a token: see rounds.cuh
 ROUND_TAGS = 32  # of a token: later rounds begin anew
 LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among the most likely ones: see report.cuh
+SHORTLIST = 128  # tokens that a block lists of a kind, at most: see shortlist.cuh
+SHORTLIST_WORDS = 2 * 4 * SHORTLIST  # of a block, both kinds
 CELL = 32  # values of all columns that are multiplied at a time: see panel.cuh
 FEW_COLUMNS = 2  # where no more than a tile of a vector follow each other: see `run`
 SECTOR = 32  # bytes: what the L2 cache keeps as one
@@ -285,6 +288,11 @@ def copies(plan: Plan) -> int:
     return plan.target.exchange_copies if plan.columns == 1 else 1
 
 
+def shortlist_words(target: Target) -> int:
+    """Words of all blocks' lists of tokens, and of what their finishers know early: see shortlist.cuh."""
+    return target.workers * (SHORTLIST_WORDS + 2 * target.finisher_warps)
+
+
 def newcomers(plan: Plan) -> bool:
     """Whether blocks have a tile of the head that have none of the last qkv, which reads the version before. See vectors.cuh."""
     *_, qkv, head = (s for s in plan.stages if s.name in ("qkv", "head"))
@@ -314,7 +322,7 @@ def place_buffers(plan: Plan) -> Places:
     for b in sorted(plan.buffers, key=lambda b: not is_plain(b)):
         values = round_up(b.values, t.tile_rows)
         if b.kind == "token":
-            words = columns * (4 * (1 + PART_WORDS) * t.workers + LIST_WORDS) + (4 if columns > 1 else 0)
+            words = columns * (4 * (1 + PART_WORDS) * t.workers + LIST_WORDS) + (4 if columns > 1 else shortlist_words(t))
         elif b.name == "partials":
             words = (t.workers * pieces(plan) if columns == 1 else most_units(plan)) * piece_words(plan)
         elif b.kind == "float":
@@ -491,6 +499,9 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append(f"  static FF_DEVICE u32 window(u32 waiting) {{ return {window}; }}  // bytes in flight")
     text.append("};\n")
 
+    columns_end = 4 * t.workers * plan.columns + (4 if several else 0)
+    shortlists = buffers["token"] + columns_end + plan.columns * (4 * PART_WORDS * t.workers + LIST_WORDS)
+
     shapes: dict[str, list[object]] = {}  # of the linear stages: all that consumers know of them but `Inputs` (panel.cuh)
 
     def describe(stage: Stage, tile_word: str = "0") -> None:
@@ -513,6 +524,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 ("bool", "kNextLayer", stage.name == "down"),
                 ("bool", "kNewcomers", stage is head and newcomers(plan)),
             ]
+            if not several and stage is head:
+                facts.append(("int", "kEarly", shortlists + t.workers * SHORTLIST_WORDS))
             if several:
                 p = panel(plan, g)
                 facts += [
@@ -570,7 +583,6 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         describe(stage, tile_words.get(stage.name, "0"))
     describe(head, "Model::kHeadTiles")
     text.append("struct Token {")
-    columns_end = 4 * t.workers * plan.columns + (4 if several else 0)
     token: list[tuple[str, str, object]] = [
         ("u32", "kWhere", names.index("token")),
         ("int", "kOutput", buffers["token"]),
@@ -581,6 +593,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("int", "kPartWords", PART_WORDS),
         ("u32", "kRoundTags", ROUND_TAGS),
     ]
+    if not several:
+        token += [("int", "kShortlists", shortlists), ("u32", "kShortlist", SHORTLIST)]
     text += constants(token)
     text.append("};\n}  // namespace stage\n")
     assert combine.writes in buffers

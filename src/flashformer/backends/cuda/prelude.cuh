@@ -139,8 +139,21 @@ FF_DEVICE u32 load_shared8(u32 a) {
 }
 FF_DEVICE float load_shared_float(u32 a) { return __uint_as_float(load_shared(a)); }
 FF_DEVICE void store_shared(u32 a, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
+FF_DEVICE u64 load_shared64(u32 a) {
+  const uint2 v = load_shared2(a);
+  return (u64)v.y << 32 | v.x;
+}
+FF_DEVICE u32 add_shared(u32 a, u32 v) {  // what was there before
+  u32 before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(a), "r"(v) : "memory");
+  return before;
+}
 FF_DEVICE void store_shared4(u32 a, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+FF_DEVICE void store_shared64(u32 a, u64 v) {
+  store_shared(a, (u32)v);
+  store_shared(a + 4, (u32)(v >> 32));
 }
 FF_DEVICE void store_shared_float(u32 a, float v) { store_shared(a, __float_as_uint(v)); }
 FF_DEVICE void store_shared16(u32 a, u16 v) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(a), "h"(v) : "memory"); }

@@ -223,6 +223,9 @@ struct Finisher : Block<M> {
   u32 attended = 0;  // how many times this block had a part of attention
   float best;       // this lane's candidate for the next token: its score; NaN once a score was
   u32 best_row;
+  // Of a token that is selected or reported: orders of this lane's largest logit after bias and penalties, and of the likeliest one; orders that
+  // all tokens have or surpass that top-k may keep, and that may be reported (~0: none is known). See shortlist.cuh.
+  u32 largest, likeliest, worst_kept, worst_likely;
   u32 token;
   float column_best[M::kColumnGroups];  // the same of this lane's columns
   u32 column_row[M::kColumnGroups];
