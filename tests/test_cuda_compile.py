@@ -54,6 +54,7 @@ ODD = {
     "odd": odd(),
     "mqa": odd(num_heads=12, num_kv_heads=1, head_dim=8),
     "wide heads": odd(head_dim=256, dtype="float16"),
+    "short warps": odd(hidden_size=3200, num_heads=24, num_kv_heads=8, head_dim=128, ffn_size=9600),
     "large vocabulary": odd(vocab_size=262144, hidden_size=2560, head_dim=256, ffn_size=6912),
 }
 

@@ -12,14 +12,17 @@ import pytest
 
 from emulated_gpu import Device, emulated_gpu
 from flashformer.backends.cuda import load as load_runner
+from flashformer.backends.cuda.codegen import place_buffers
 from flashformer.backends.cuda.prompts import prompt_plan
 from flashformer.check import check_runner, compare, sample_tokens
 from flashformer.checkpoint import Checkpoint, open_checkpoint
+from flashformer.config import parse_config
 from flashformer.formats import Format, choose
 from flashformer.geometry import Geometry
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
 from flashformer.reference import Reference
+from flashformer.targets import get
 from flashformer.validate import validate
 from model_files import make_config, write_folder
 from quant_models import FORMS, QuantizedCheckpoint
@@ -42,6 +45,7 @@ class Case:
     warps_rows: int | None = None  # of the stages that read the hidden state
     parts: int | None = None  # of the one that reads the activations
     together: int = 1  # groups of its batches
+    short: int | None = None  # of its warps
 
 
 CASES = {
@@ -49,7 +53,19 @@ CASES = {
     "four, no bulk copies": Case(4, arch="sm_80"),
     "four, fp16 and odd sizes": Case(4, dtype="float16", config={"hidden_size": 200, "intermediate_size": 341, "vocab_size": 301}),
     "eight, more blocks than tiles": Case(8, workers=12),
-    "eight, one warp a tile": Case(8, config={"hidden_size": 160}, warps_rows=8),
+    "eight, one warp a tile": Case(8, config={"hidden_size": 32}, warps_rows=8),
+    "two, short warps": Case(2, config={"hidden_size": 330, "intermediate_size": 90 * 32 + 5}, warps_rows=1, parts=3, short=5),
+    "four, short warps of two tiles": Case(
+        4, arch="sm_80", config={"hidden_size": 160, "intermediate_size": 36 * 32}, warps_rows=2, parts=2, short=4
+    ),
+    "sixteen, short warps": Case(16, config={"hidden_size": 320, "intermediate_size": 95 * 32}, parts=3, short=1),
+    "four, short warps, panels in passing": Case(4, panel_bytes=0, config={"intermediate_size": 76 * 32}, parts=3, short=4),
+    "eight, short warps, groups together": Case(
+        8, panel_bytes=68 << 10, config={"intermediate_size": 18 * 256 - 120}, parts=5, together=3, short=3
+    ),
+    "sixteen, short warps, panels in passing": Case(
+        16, panel_bytes=64 << 10, config={"hidden_size": 160, "intermediate_size": 100 * 32}, parts=4, together=4, short=4
+    ),
     "sixteen, parts of two sizes": Case(16, config={"intermediate_size": 5 * 256}, parts=2),
     "four, panels in passing": Case(4, panel_bytes=0, config={"intermediate_size": 11 * 256}, parts=3),
     "eight, panels in passing, four parts": Case(8, panel_bytes=0, arch="sm_80", config={"intermediate_size": 13 * 256}, parts=4),
@@ -93,6 +109,17 @@ def test_plain_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert case.warps_rows in (None, geometry(plan, "qkv").warps_rows)
     assert case.parts in (None, geometry(plan, "down").parts)
     assert case.together == geometry(plan, "down").together
+    assert case.short in (None, geometry(plan, "down").short_warps)
+
+
+def test_what_short_warps_lack_is_read_from_memory_that_nobody_writes() -> None:
+    config = parse_config(make_config(intermediate_size=76 * 32))
+    plan = make_plan(config, build_graph(config), replace(get("sm_90"), panel_bytes=0, plain_panel_bytes=0), 64, 3, columns=4)
+    assert geometry(plan, "down").short_warps == 4
+    places = place_buffers(plan)
+    first = places.buffers["mlp_hidden"]
+    following = min(at for at in (*places.buffers.values(), *places.flags.values(), places.appended) if at > first)
+    assert following - first >= (76 + 1) * 32 * 4 // 4  # words of four values
 
 
 def test_a_kernel_for_prompts_reads_the_same_tapes_in_its_own_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

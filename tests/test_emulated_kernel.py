@@ -74,6 +74,22 @@ ODD: dict[str, Any] = {"architecture": "Qwen3ForCausalLM", "hidden_size": 56, "h
 BIASED: dict[str, Any] = {"architecture": "Qwen2ForCausalLM", "torch_dtype": "float16", "hidden_size": 24}
 
 
+SHORT: dict[tuple[int, int], dict[str, Any]] = {  # (fragments, parts) of a warp of the stage that reads the activations
+    (2, 1): {"hidden_size": 330, "intermediate_size": 9 * 32 + 3},
+    (6, 2): {"hidden_size": 160, "intermediate_size": 41 * 32},
+    (13, 4): {"hidden_size": 96, "intermediate_size": 100 * 32 - 8, "torch_dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("cut", SHORT, ids=str)
+def test_warps_that_have_a_fragment_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: tuple[int, int]) -> None:
+    arch = "sm_80" if cut[1] == 2 else "sm_90"
+    with running(tmp_path, emulated_gpu(monkeypatch, arch), num_hidden_layers=1, **SHORT[cut]) as (runner, reference):
+        (down,) = (s.geometry for s in runner.plan.stages if s.name == "down" and s.geometry)
+        assert (down.fragments, down.parts) == cut and down.short_warps > 0
+        assert_near(check_runner(runner, reference, sample_tokens(runner.plan.config, 20, seed=5)), 2e-2)
+
+
 @pytest.mark.parametrize(("kv_type", "workers", "changes"), [("int8", 2, ODD), ("fp8", 5, BIASED)], ids=["int8", "fp8"])
 def test_a_cache_of_8_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_type: KvType, workers: int, changes: dict[str, Any]

@@ -48,7 +48,8 @@ def obvious(plan: Plan) -> list[list[tuple[int, int, list[tuple[int, int]]]]]:
             while groups:
                 batch, groups = groups[: g.together], groups[g.together :]
                 for (part, fragments), group in product(enumerate(g.part_sizes()), batch):
-                    nbytes = len(group) * g.warps_columns * fragments * g.tile_rows * g.fragment_columns * g.format.bits // 8
+                    in_part = g.warps_columns * fragments - (g.short_warps if part == g.parts - 1 else 0)
+                    nbytes = len(group) * in_part * g.tile_rows * g.fragment_columns * g.format.bits // 8
                     f, columns = g.format, fragments * g.fragment_columns
                     scales = g.warps_columns * -(-columns // f.group) if f.group else int(part == g.parts - 1)
                     nbytes += g.tile_rows * len(group) * scales * f.group_bytes
@@ -83,8 +84,7 @@ def check(plan: Plan, tape: Tape) -> None:
             geometry = plan.stages[index].geometry
             for number, (tile, part) in enumerate(parts):
                 assert geometry is not None
-                inside = number * geometry.warps_columns * geometry.part_sizes()[part] * geometry.fragment_bytes
-                found.setdefault(index, {})[tile, part] = int(offset[i, w]) + inside
+                found.setdefault(index, {})[tile, part] = int(offset[i, w]) + number * geometry.part_bytes(part)
     for index, stage in enumerate(plan.stages):
         first = [next((i for i, chunk in enumerate(t) if chunk[0] == index), None) for t in tapes]
         assert all(f is None or f == ours for f, ours in zip(first, tape.first_chunk(index).tolist(), strict=True))
@@ -181,17 +181,24 @@ def test_a_last_group_may_be_short() -> None:
     g = Geometry(8, 32, warps_rows=4, warps_columns=2, fragments=7, parts=2)
     assert chunk_sizes(g, 5).tolist() == [4 * 2 * 4 * 512, 4 * 2 * 3 * 512, 1 * 2 * 4 * 512, 1 * 2 * 3 * 512]
     assert chunk_sizes(g, 0).tolist() == []
+    uneven = replace(g, short_warps=1)
+    assert chunk_sizes(uneven, 5).tolist() == [4 * 2 * 4 * 512, 4 * (2 * 3 - 1) * 512, 1 * 2 * 4 * 512, 1 * (2 * 3 - 1) * 512]
 
 
-@pytest.mark.parametrize("target", ["sm_90", "cpu"])
-def test_a_product_from_the_tapes(target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "ffn", "cut"),
+    [("sm_90", 1200, (8, 5, 2, 2)), ("sm_90", 1280, (8, 5, 2, 0)), ("sm_90", 215, (4, 2, 1, 1)), ("cpu", 1200, (1, 19, 1, 0))],
+)
+def test_a_product_from_the_tapes(target: str, ffn: int, cut: tuple[int, ...]) -> None:
     """Rows are placed by `tile_offsets` as a packer does; then each worker reads straight ahead, multiplies, and gets W x."""
-    plan = planned(5, target)
+    plan = planned(5, target, ffn_size=ffn)
     tape = lay_tapes(plan)
     index = next(i for i, s in enumerate(plan.stages) if s.name == "down")
     stage = plan.stages[index]
     g, spec = stage.geometry, stage.linear
-    assert g is not None and spec is not None and (target == "cpu" or (g.parts > 1 and g.warps_columns > 1 and g.warps_rows > 1))
+    assert g is not None and spec is not None and (g.warps_columns, g.fragments, g.parts, g.short_warps) == cut
+    own = [g.fragments - (warp >= g.warps_columns - g.short_warps) for warp in range(g.warps_columns)]
+    first = np.cumsum([0, *own])  # fragment of each warp
     rng = np.random.default_rng(0)
     w = np.zeros((stage.tiles * g.tile_rows, g.columns))
     w[: spec.rows, : spec.columns] = rng.integers(-9, 10, (spec.rows, spec.columns))
@@ -203,10 +210,11 @@ def test_a_product_from_the_tapes(target: str) -> None:
     first_of_part = np.cumsum([0, *g.part_sizes()])
     for tile in range(stage.tiles):
         for warp in range(g.warps_columns):
-            for f in range(g.fragments):
+            for f in range(own[warp]):
                 part = int(np.searchsorted(first_of_part, f, side="right")) - 1
-                column = (warp * g.fragments + f) * g.fragment_columns
-                at = starts[tile, part] + (warp * g.part_sizes()[part] + f - first_of_part[part]) * values
+                column = (first[warp] + f) * g.fragment_columns
+                before = sum(min(of, first_of_part[part + 1]) - first_of_part[part] for of in own[:warp])
+                at = starts[tile, part] + (before + f - first_of_part[part]) * values
                 fragment = w[tile * g.tile_rows : (tile + 1) * g.tile_rows, column : column + g.fragment_columns]
                 assert np.isnan(arena[at : at + values]).all()
                 arena[at : at + values] = fragment.reshape(-1)
@@ -219,11 +227,15 @@ def test_a_product_from_the_tapes(target: str) -> None:
             for part, size in enumerate(g.part_sizes()):
                 at = int(tape.offset[chunk, worker]) * tape.unit // 2
                 read = arena[at : at + int(tape.size[chunk, worker]) // 2]
-                fragments = read.reshape(tiles, g.warps_columns, size, g.tile_rows, g.fragment_columns)
+                fragments = read.reshape(tiles, -1, g.tile_rows, g.fragment_columns)
                 for warp in range(g.warps_columns):
-                    column = (warp * g.fragments + int(first_of_part[part])) * g.fragment_columns
-                    part_of_x = x[column : column + size * g.fragment_columns].reshape(size, g.fragment_columns)
+                    begin = int(first_of_part[part])
+                    n = min(size, own[warp] - begin)
+                    mine, fragments = fragments[:, :n], fragments[:, n:]
+                    column = (first[warp] + begin) * g.fragment_columns
+                    part_of_x = x[column : column + n * g.fragment_columns].reshape(n, g.fragment_columns)
                     row = (stage.first[worker] + group) * g.tile_rows
-                    y[row : row + tiles * g.tile_rows] += np.einsum("tfrc,fc->tr", fragments[:, warp], part_of_x).reshape(-1)
+                    y[row : row + tiles * g.tile_rows] += np.einsum("tfrc,fc->tr", mine, part_of_x).reshape(-1)
+                assert fragments.size == 0
                 chunk += 1
     assert np.array_equal(y, w @ x)

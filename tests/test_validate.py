@@ -184,9 +184,14 @@ DAMAGE: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: linear(p, "attention_output", column_group=12, column_stride=16), "attention_output does not read heads of 24 values",
     ),
     "buffer too short": (lambda p: buffer(p, "mlp_hidden", values=336), "gate_up makes 341 values in 86 tiles of 4; mlp_hidden has 336"),
-    "columns uncovered": (lambda p: geometry(p, "down", fragments=1, parts=1, warps_columns=8, warps_rows=1), "256 of 341 columns"),
+    "columns uncovered": (lambda p: geometry(p, "down", fragments=1, parts=1, short_warps=0), "256 of 341 columns"),
     "warps not shared out": (lambda p: geometry(p, "down", warps_rows=2), "layer 0 down: wrong geometry: it does not share out 8 warps"),
     "too many fragments": (lambda p: geometry(p, "down", fragments=129, parts=33), "129 fragments a warp, which holds 1 to 128"),
+    "short warps of a fragment each": (
+        lambda p: geometry(p, "down", fragments=1, parts=1, short_warps=1), "layer 0 down: wrong geometry: short warps have no fragments",
+    ),
+    "all warps short": (lambda p: geometry(p, "down", short_warps=8), "layer 0 down: wrong geometry: 8 of 8 warps are short"),
+    "a short warp too many": (lambda p: geometry(p, "down", short_warps=6), "320 of 341 columns are covered"),
     "parts too long": (lambda p: geometry(p, "down", fragments=13, parts=2), "parts of 7 fragments; a chunk holds 6"),
     "no parts": (lambda p: geometry(p, "down", parts=0), "cannot be read in 0 parts"),
     "tiles of another target": (lambda p: geometry(p, "down", tile_rows=4), "its fragments are not those of sm_90"),
@@ -290,6 +295,13 @@ def test_wrong_formats_are_refused(name: str) -> None:
     damage, message = FORMAT_DAMAGE[name]
     with pytest.raises(PlanError, match=message):
         validate(damage(plan))
+
+
+def test_codes_have_no_short_warps() -> None:
+    plan = quantised(Format("int", 4, 64, "zero"), get("sm_90"))
+    validate(plan)
+    with pytest.raises(PlanError, match=r"layer 0 qkv: wrong geometry: short warps of int4 g64.*, on sm_90"):
+        validate(geometry(plan, "qkv", fragments=2, short_warps=1))
 
 
 def test_layers_have_one_format_where_a_kernel_has_one_body() -> None:

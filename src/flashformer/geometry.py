@@ -12,7 +12,7 @@ from .formats import PLAIN, Format
 from .fuse import StageSpec
 from .targets import Target
 
-# Most of a tape that may be zero columns, where the shape allows it. NOTE: half as many warps on a tile cost 3 to 4 % of a token.
+# Most of a tape of codes that may be zero columns, where the shape allows it. NOTE: half as many warps on a tile cost 3 to 4 % of a token.
 PADDING = 0.02
 SHARES = (1, 3 / 4, 1 / 2)  # of the largest chunk: see `choose_share`
 LARGE_SHARE = 3 / 2  # where chunks fill the slots better by at least FILLS_BETTER than with any other, and a ring has LEAST_SLOTS of them
@@ -40,10 +40,10 @@ def round_up(a: int, b: int) -> int:
 class Geometry:
     """How the tiles of a linear stage are cut into fragments and shared by a worker's warps.
 
-    `warps_rows` tiles form a group and go through the worker together; within a tile, warp k of `warps_columns` owns the
-    columns [k * fragments, (k + 1) * fragments) * fragment_columns, read in `parts` nearly equal parts: one chunk each. Where there is
-    one part, `stack` groups share a chunk. Where x of several columns is too large to stay with a worker, groups are read in batches of
-    `together`, all of them part by part, so that x comes once for a batch.
+    `warps_rows` tiles form a group and go through the worker together; within a tile, each of `warps_columns` warps owns `fragments` that
+    follow each other, read in `parts` nearly equal parts: one chunk each. The last `short_warps` have one fragment fewer: the last one of
+    their last part. Where there is one part, `stack` groups share a chunk. Where x of several columns is too large to stay with a worker,
+    groups are read in batches of `together`, all of them part by part, so that x comes once for a batch.
     Behind its fragments a chunk holds their scales: tile after tile, warp after warp, group after group, those of a tile's rows. Behind
     those of a tile are the divisors of its rows, where there are any.
     """
@@ -58,11 +58,12 @@ class Geometry:
     chunk_unit: int = 128  # bytes that chunks are padded to
     stack: int = 1
     together: int = 1
+    short_warps: int = 0  # only of 16-bit values on a GPU
 
     @property
     def columns(self) -> int:
         """Columns including the zero padding."""
-        return self.warps_columns * self.fragments * self.fragment_columns
+        return (self.warps_columns * self.fragments - self.short_warps) * self.fragment_columns
 
     @property
     def fragment_bytes(self) -> int:
@@ -86,8 +87,12 @@ class Geometry:
 
     def chunk_bytes(self, tiles: int, part: int) -> int:
         """Bytes of the chunk with one part of so many tiles."""
-        fragments = self.warps_columns * self.part_sizes()[part] * self.fragment_bytes
-        return round_up(tiles * (fragments + self.scale_bytes(part)), self.chunk_unit)
+        return round_up(tiles * (self.part_bytes(part) + self.scale_bytes(part)), self.chunk_unit)
+
+    def part_bytes(self, part: int) -> int:
+        """Bytes of the fragments of one tile in a part, of all warps."""
+        missing = self.short_warps if part == self.parts - 1 else 0
+        return (self.warps_columns * self.part_sizes()[part] - missing) * self.fragment_bytes
 
     def scale_bytes(self, part: int) -> int:
         """Bytes of the scales of one tile in a part; what whole rows have comes with the last part."""
@@ -96,7 +101,7 @@ class Geometry:
         return self.tile_rows * (groups * self.format.group_bytes + last * self.format.divisor_bytes)
 
     def part_sizes(self) -> tuple[int, ...]:
-        """Fragments per warp in each part; the device computes the same in `part_size` (operand.cuh)."""
+        """Fragments per warp in each part, of those that are not short; the device computes the same in `part_size` (operand.cuh)."""
         return self._part_sizes
 
     @cached_property
@@ -105,7 +110,7 @@ class Geometry:
 
 
 def choose_geometry(target: Target, columns: int, format: Format = PLAIN, share: float = 1) -> Geometry:
-    """The widest split of the columns over warps whose padding stays under PADDING, else the one with the least.
+    """The widest split of the columns over warps; of codes one whose padding stays under PADDING, else the one with the least.
 
     More warps on a tile means fewer values of x per warp and a shorter first result. share: how much of the largest chunk may be used.
     """
@@ -118,19 +123,18 @@ def choose_geometry(target: Target, columns: int, format: Format = PLAIN, share:
         per_warp = max(int(room * (1 + SCALE_ROOM)) // (fragment_columns * format.bits // 8 + scales), 1)
         stacked = target.kind == "cuda"
     needed = ceil_div(columns, fragment_columns)
-    options: list[tuple[float, int, int]] = []
-    split = target.warps
-    while split:
-        fragments = ceil_div(needed, split)
-        if fragments <= most:
-            options.append((split * fragments / needed - 1, split, fragments))
-        split //= 2
-    if not options:
+    if ceil_div(needed, target.warps) > most:
         raise PlanError(f"a matrix with {columns} columns is too wide for {target.name}")
-    _, split, fragments = next((o for o in options if o[0] <= PADDING), min(options))
+    splits = [target.warps >> i for i in range(target.warps.bit_length())]
+    padding = {split: ceil_div(needed, split) * split - needed for split in splits if ceil_div(needed, split) <= most}  # fragments
+    if format == PLAIN:
+        split = next(split for split in splits if split <= needed)
+    else:
+        split = next((s for s in padding if padding[s] <= PADDING * needed), min(padding, key=lambda s: (padding[s], s)))
+    fragments = ceil_div(needed, split)
     return Geometry(
         target.tile_rows, fragment_columns, target.warps // split, split, fragments, ceil_div(fragments, per_warp), format,
-        target.chunk_unit, max(per_warp // fragments, 1) if stacked else 1,
+        target.chunk_unit, max(per_warp // fragments, 1) if stacked else 1, short_warps=padding[split] if format == PLAIN else 0,
     )  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def block_rows(stage: Stage, number: int) -> np.ndarray:
 def tile_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:
     """Where each tile of linear stage `index` begins in each of its chunks, int64 [tiles, parts] in bytes.
 
-    Within a chunk, tile r of the group starts after the r tiles before it: r * warps_columns * part fragments. Scales are behind them.
+    Within a chunk, tile r of the group starts after the r tiles before it, each of `part_bytes`. Scales are behind them.
     """
     return _offsets(plan, tape, index)[0]
 
@@ -146,7 +146,7 @@ def _offsets(plan: Plan, tape: Tape, index: int) -> tuple[np.ndarray, np.ndarray
     stage = plan.stages[index]
     g = stage.geometry
     assert g is not None
-    fragments = g.warps_columns * np.array(g.part_sizes(), np.int64) * g.fragment_bytes
+    fragments = np.array([g.part_bytes(part) for part in range(g.parts)], np.int64)
     scales = np.array([g.scale_bytes(part) for part in range(g.parts)], np.int64)
     worker = np.repeat(np.arange(len(stage.count)), stage.count)
     local = np.arange(stage.tiles) - np.array(stage.first, np.int64)[worker]

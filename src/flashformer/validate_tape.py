@@ -35,7 +35,7 @@ def chunk_bytes(g: Geometry, tiles: int) -> list[int]:
     groups = [min(g.chunk_tiles, tiles - first) for first in range(0, tiles, g.chunk_tiles)]
     batches = [groups[first : first + g.together] for first in range(0, len(groups), g.together)]
     sizes = [
-        g.warps_columns * fragments * g.fragment_bytes + g.tile_rows * scales(part, fragments)
+        (g.warps_columns * fragments - (part == g.parts - 1) * g.short_warps) * g.fragment_bytes + g.tile_rows * scales(part, fragments)
         for part, fragments in enumerate(g.part_sizes())
     ]
     return [round_up(in_group * size, g.chunk_unit) for batch in batches for size in sizes for in_group in batch]

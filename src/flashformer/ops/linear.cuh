@@ -177,11 +177,14 @@ struct Linear {
   static FF_DEVICE void multiply(Consumer<M>& c, const Operand<S>& x, float (&d)[2][4], u32 octet) {
     if constexpr (part < S::kParts) {
       constexpr int kSize = part_size(S::kFragments, S::kParts, part);
+      constexpr bool kEnds = part + 1 == S::kParts;
       c.acquire();
       uint4 a[kSize];
-      const u32 at = c.chunk_address() + c.warp * (kSize * 512) + c.lane * 16;
+      const u32 before = c.warp * kSize - (kEnds ? short_before<S>(c.warp) : 0);
+      const u32 at = c.chunk_address() + before * 512 + c.lane * 16;
+      const bool lacks = kEnds && is_short<S>(c.warp);  // a fragment
 #pragma unroll
-      for (int i = 0; i < kSize; i++) a[i] = load_shared4(at + i * 512);
+      for (int i = 0; i < kSize; i++) a[i] = lacks && i + 1 == kSize ? make_uint4(0, 0, 0, 0) : load_shared4(at + i * 512);
       c.release();
 #pragma unroll
       for (int i = 0; i < kSize; i++) {

@@ -8,17 +8,30 @@
 #include "panel.cuh"
 #include "sample_columns.cuh"
 
+// Whether a part is the last one of a tile, if that matters. NOTE: a member that is not used would change the machine code, too.
+template <bool matters>
+struct MayEnd {
+  bool ends;
+};
+template <>
+struct MayEnd<false> {
+  static constexpr bool ends = false;
+};
+
 // One lane's part of the product of a tile of plain values with all columns: row g, columns t + 4 j; of 16 columns see panel.cuh.
 template <class M, class S>
 struct PlainColumns {
   static constexpr int kGroups = M::kColumnGroups;
   static constexpr bool kLastDiffers = false;
   template <int size, bool>
-  struct Part {
+  struct Part : MayEnd<(S::kShortWarps > 0)> {
     uint4 value[size];
     FF_DEVICE void load(u32 at, u32, u32 warp, u32 lane, u32) {
+      const bool lacks = this->ends && is_short<S>(warp);  // a fragment
+      if (this->ends) at -= short_before<S>(warp) * 512;
 #pragma unroll
-      for (int i = 0; i < size; i++) value[i] = load_shared4(at + warp * (size * 512) + lane * 16 + i * 512);
+      for (int i = 0; i < size; i++)
+        value[i] = lacks && i + 1 == size ? make_uint4(0, 0, 0, 0) : load_shared4(at + warp * (size * 512) + lane * 16 + i * 512);
     }
   };
   float total[kGroups] = {};
@@ -249,6 +262,7 @@ struct LinearColumns {
         const u32 group = batch.first + i;
         if (group < batch.groups) {
           typename Sums::template Part<size, kLast> now;
+          if constexpr (S::kShortWarps > 0) now.ends = end;
           load_part<S>(c, now, batch.tiles, batch.groups, group);
           sum.add(now, panel, place);
           if (end) {

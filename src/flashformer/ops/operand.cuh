@@ -5,6 +5,26 @@
 // Fragments of one warp in part `part` of a tile; Python: Geometry.part_sizes.
 FF_DEVICE constexpr int part_size(int fragments, int parts, int part) { return fragments / parts + (part < fragments % parts ? 1 : 0); }
 
+// The last warps on a tile may be short: they lack a fragment, the last one of their last part; Python: Geometry.short_warps.
+// In its place they multiply zeros by what x has behind theirs: the next warp's, or what nobody writes.
+template <class S>
+FF_DEVICE bool is_short(u32 warp) {
+  return S::kShortWarps > 0 && warp % S::kWarpsColumns >= S::kWarpsColumns - S::kShortWarps;
+}
+// How many of the warps in front of one are.
+template <class S>
+FF_DEVICE u32 short_before(u32 warp) {
+  if constexpr (S::kShortWarps == 0) return 0;
+  constexpr u32 kLong = S::kWarpsColumns - S::kShortWarps;
+  const u32 column = warp % S::kWarpsColumns, in_tile = column > kLong ? column - kLong : 0;
+  return S::kWarpsRows == 1 ? in_tile : warp / S::kWarpsColumns * S::kShortWarps + in_tile;
+}
+// The first fragment of a tile that a warp has.
+template <class S>
+FF_DEVICE u32 first_fragment(u32 warp) {
+  return warp % S::kWarpsColumns * S::kFragments - short_before<S>(warp % S::kWarpsColumns);
+}
+
 // This warp's columns of x as B operands. Lane (g, t) of slice c holds x[128 c + 16 g + 4 t ...+3].
 template <class S>
 struct Operand {
@@ -18,7 +38,7 @@ struct Operand {
   FF_DEVICE void gather(const C& c, u32 step, u32 layer) {
     using M = typename C::Model;
     constexpr int kBatch = M::kBulkCopy || kSlices <= 8 ? kSlices : 4;  // loads in flight a lane: others would spill
-    const u32 first = (c.warp % S::kWarpsColumns) * kWarpColumns + c.lane * 4;
+    const u32 first = first_fragment<S>(c.warp) * S::kFragmentColumns + c.lane * 4;
     const u32 place = c.copy() * M::kVersions + c.version_of(step, layer, S::kInWrites);
     const u64* exchange = c.words(0);
     asm volatile("" : "+l"(exchange));  // NOTE: so that no pointer is kept through all layers

@@ -26,8 +26,8 @@ FF_DEVICE void pack_codes(const CodeJob& j) {
   const u32 load = (u32)(thread / 32 % total), local = (u32)(thread / 32 / total) * 8 + lane / 4;
   if (local >= p.rows) return;
   const TileRow to = place_row(p, p.first_row + local);
-  const u32 fragment = load / kLoads, warp = fragment / p.fragments;
-  const InPart in = place_fragment(p, fragment % p.fragments);
+  const u32 fragment = load / kLoads;
+  const InPart in = place_fragment(p, fragment);
   u32 word[4];
 #pragma unroll
   for (u32 r = 0; r < 4; r++) {
@@ -39,7 +39,7 @@ FF_DEVICE void pack_codes(const CodeJob& j) {
     }
     word[r] = Code::place(codes);
   }
-  u8* out = p.tape + p.tile_offset[to.tile * p.parts + in.part] + (u64)((warp * in.size + in.place) * kLoads + load % kLoads) * 512;
+  u8* out = p.tape + p.tile_offset[to.tile * p.parts + in.part] + (u64)(in.place * kLoads + load % kLoads) * 512;
   *(uint4*)(out + (to.row * 4 + (lane & 3)) * 16) = make_uint4(word[0], word[1], word[2], word[3]);
 }
 
@@ -69,9 +69,9 @@ extern "C" __global__ void flashformer_pack_scales(const __grid_constant__ CodeJ
   u32 part = p.parts - 1, before = 0;  // groups in front of this one in the tile's scales of that part
   if (j.group) {
     const u32 fragment = group * j.group / 128;
-    const InPart in = place_fragment(p, fragment % p.fragments);
+    const InPart in = place_fragment(p, fragment);
     part = in.part;
-    before = ((fragment / p.fragments * in.size + in.place) * 128 + group * j.group % 128) / j.group;
+    before = (in.place * 128 + group * j.group % 128) / j.group;
   }
   u8* out = p.tape + j.scale_offset[to.tile * p.parts + part] + ((before * j.scale_values + value) * 8 + to.row) * j.scale_bytes;
   const u8* from = j.scales + thread * j.scale_bytes;

@@ -327,8 +327,9 @@ def place_buffers(plan: Plan) -> Places:
             words = (t.workers * pieces(plan) if columns == 1 else most_units(plan)) * piece_words(plan)
         elif b.kind == "float":
             words = columns * values
-        else:  # readers' columns, padding included
-            values = max(s.geometry.columns for s in plan.stages if s.geometry and s.reads[0] == b.name)
+        else:  # readers' columns, padding included, and those in the place of fragments that short warps lack
+            readers = [s.geometry for s in plan.stages if s.geometry and s.reads[0] == b.name]
+            values = max(g.columns + g.fragment_columns * (g.short_warps > 0) for g in readers)
             words = round_up(values, CELL) * room(plan, b.name) // 4
             if is_plain(b):
                 plain[b.name] = round_up(words, FLAG_ALIGNMENT)
@@ -514,6 +515,7 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                 ("int", "kWarpsColumns", g.warps_columns),
                 ("int", "kWarpsRows", g.warps_rows),
                 ("int", "kFragments", g.fragments),
+                ("int", "kShortWarps", g.short_warps),
                 ("int", "kFragmentColumns", g.fragment_columns),
                 ("bool", "kCoded", g.format != PLAIN),
                 ("int", "kParts", g.parts),

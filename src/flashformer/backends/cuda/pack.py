@@ -61,7 +61,7 @@ class Placement(ctypes.Structure):
         *_integers("tape", "tile_offset", kind=ctypes.c_uint64),
         *_integers("first_row", "rows", "columns", "row_base", "row_group", "row_stride", "column_group", "column_stride"),
         ("half", ctypes.c_int32),
-        *_integers("warps_columns", "fragments", "parts"),
+        *_integers("warps_columns", "fragments", "parts", "short_warps"),
     ]
 
 
@@ -210,7 +210,8 @@ class Packer:
                     tape=arena, tile_offset=tile_offset, columns=spec.columns_used,
                     row_base=base, row_group=block.group, row_stride=block.stride,
                     column_group=spec.column_group, column_stride=spec.column_stride,
-                    half=number if spec.interleave else -1, warps_columns=g.warps_columns, fragments=g.fragments, parts=g.parts,
+                    half=number if spec.interleave else -1,
+                    warps_columns=g.warps_columns, fragments=g.fragments, parts=g.parts, short_warps=g.short_warps,
                 )  # fmt: skip
                 table = embedding if block.weight == self.plan.embedding else None
                 strange = flags + 4 * len(found)
@@ -316,7 +317,7 @@ class Packer:
         m = piece.matrix
         if m.place is not None:
             m.place.first_row, m.place.rows = piece.first, piece.rows
-            lanes = -(-piece.rows // 8) * m.place.warps_columns * m.place.fragments * 32
+            lanes = -(-piece.rows // 8) * (m.place.warps_columns * m.place.fragments - m.place.short_warps) * 32
             if m.format == PLAIN:
                 self._run("flashformer_pack", lanes, PackJob(source, m.strange, m.place, kind, self.half_type), stream=stream)
             else:

@@ -12,6 +12,7 @@
 // instructions, of whose results all mean something. Lane (g, t) has rows 2 t and 2 t + 1 of columns g and g + 8. Their vectors and panels
 // lie as A is in registers: see `pair_word`. Codes are multiplied by pairs of tiles, which share what they read of x.
 #pragma once
+#include "operand.cuh"
 #include "vectors.cuh"
 
 // For the consumers, stages differ in no more than this if their matrices have the same shape and form.
@@ -168,7 +169,7 @@ struct Panel {
         factors(c.shared + Layout<M>::kFactors + c.warp * (M::kColumns * 4)), place(first) {
     constexpr u32 kPieces = M::kColumns * 4, kAll = S::kCells * kPieces;  // of 16 bytes
     constexpr int kLanes = ceil_div((int)kAll, 32), kMost = M::kColumns < 8 ? 16 : 8, kAtOnce = kLanes < kMost ? kLanes : kMost;
-    const u32 cell = c.warp % S::kWarpsColumns * S::kCells, version = c.version_of(step, layer, in.writes);
+    const u32 cell = first_fragment<S>(c.warp) * (S::kFragmentColumns / 32), version = c.version_of(step, layer, in.writes);
     const u8* from = reinterpret_cast<const u8*>(c.words(in.words) + version * in.version) + cell * kCellBytes;
     // NOTE: what is behind the last row that anybody writes is padding, and never there.
     const auto row = [&](u32 i) { return cell * 32 + PanelPiece<M>{i}.row(); };
@@ -227,7 +228,7 @@ struct Panel<M, S, false> {
 
   FF_DEVICE Panel(const Consumer<M>& c, const Inputs& in, u32 batches, u32, u32)
       : lane(c.lane), columns(c.columns()), missing(kSteps * batches) {
-    from = reinterpret_cast<const u8*>(c.words(in.words)) + (c.warp % S::kWarpsColumns * S::kCells) * kCellBytes + lane * 16;
+    from = reinterpret_cast<const u8*>(c.words(in.words)) + (first_fragment<S>(c.warp) * kFragmentCells) * kCellBytes + lane * 16;
     const u32 first = c.shared + Layout<M>::kPanel + c.warp * kBytes;
     end = first + kBytes;
     fetched.at = used.at = first;

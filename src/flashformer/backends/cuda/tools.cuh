@@ -29,7 +29,7 @@ struct Placement {
   u32 row_base, row_group, row_stride;  // row r of the weight is row base + r / group * stride + r % group of the stage
   u32 column_group, column_stride;      // the same for columns
   int half;                             // of an interleaved stage: 0 gate, 1 up; -1: not interleaved
-  u32 warps_columns, fragments, parts;
+  u32 warps_columns, fragments, parts, short_warps;
 };
 
 struct TileRow {
@@ -41,15 +41,18 @@ FF_DEVICE TileRow place_row(const Placement& p, u32 row) {
   return {at / 8, at % 8};
 }
 
-// The part that fragment f of a warp is in, its place there, and how many fragments of a warp the part has.
+// The part that a fragment of a tile is in, and its place among those of the tile there.
 struct InPart {
-  u32 part, place, size;
+  u32 part, place;
 };
-FF_DEVICE InPart place_fragment(const Placement& p, u32 f) {
-  const u32 small = p.fragments / p.parts, large = p.fragments % p.parts;  // `large` parts have one fragment more
-  if (f < large * (small + 1)) return {f / (small + 1), f % (small + 1), small + 1};
-  f -= large * (small + 1);
-  return {large + f / small, f % small, small};
+FF_DEVICE InPart place_fragment(const Placement& p, u32 fragment) {
+  const u32 end = (p.warps_columns - p.short_warps) * p.fragments;  // of the warps that are not short
+  const u32 before = fragment < end ? 0 : (fragment - end) / (p.fragments - 1);  // warps in front of this one that are
+  const u32 warp = (fragment + before) / p.fragments, f = (fragment + before) % p.fragments;
+  const u32 small = p.fragments / p.parts, large = p.fragments % p.parts, many = large * (small + 1);  // `large` parts have one fragment more
+  if (f < many) return {f / (small + 1), warp * (small + 1) + f % (small + 1)};
+  const u32 part = large + (f - many) / small;
+  return {part, warp * small + (f - many) % small - (part + 1 == p.parts ? before : 0)};
 }
 
 // The column of the weight that column `at` of the stage is, or `columns` where there is none.
@@ -70,12 +73,11 @@ template <class T>
 FF_DEVICE void pack(const PackJob& j) {
   const Placement& p = j.place;
   const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-  const u32 lane = thread & 31, total = p.warps_columns * p.fragments;
+  const u32 lane = thread & 31, total = p.warps_columns * p.fragments - p.short_warps;
   const u32 fragment = (u32)(thread / 32 % total), local = (u32)(thread / 32 / total) * 8 + lane / 4;
   if (local >= p.rows) return;
   const TileRow to = place_row(p, p.first_row + local);
-  const u32 warp = fragment / p.fragments;
-  const InPart in = place_fragment(p, fragment % p.fragments);
+  const InPart in = place_fragment(p, fragment);
   u32 v[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -83,7 +85,7 @@ FF_DEVICE void pack(const PackJob& j) {
     const u32 from = source_column(p, at), count = from == p.columns ? 0 : source_column(p, at + 1) == from + 1 && from + 1 < p.columns ? 2 : 1;
     v[i] = count ? convert_pair<T>(j.source, (u64)local * p.columns + from, count, j.type, j.strange) : 0;
   }
-  u8* out = p.tape + p.tile_offset[to.tile * p.parts + in.part] + (u64)(warp * in.size + in.place) * 512 + (to.row * 4 + (lane & 3)) * 16;
+  u8* out = p.tape + p.tile_offset[to.tile * p.parts + in.part] + (u64)in.place * 512 + (to.row * 4 + (lane & 3)) * 16;
   *(uint4*)out = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
