@@ -54,7 +54,9 @@ CASES = {
     "four, fp16 and odd sizes": Case(4, dtype="float16", config={"hidden_size": 200, "intermediate_size": 341, "vocab_size": 301}),
     "eight, more blocks than tiles": Case(8, workers=12),
     "eight, one warp a tile": Case(8, config={"hidden_size": 32}, warps_rows=8),
-    "two, short warps": Case(2, config={"hidden_size": 330, "intermediate_size": 90 * 32 + 5}, warps_rows=1, parts=3, short=5),
+    "two, short warps, four rows more": Case(
+        2, config={"hidden_size": 330, "intermediate_size": 89 * 32 + 12}, warps_rows=1, parts=3, short=6
+    ),
     "four, short warps of two tiles": Case(
         4, arch="sm_80", config={"hidden_size": 160, "intermediate_size": 36 * 32}, warps_rows=2, parts=2, short=4
     ),

@@ -138,7 +138,7 @@ struct PanelPiece {
     if constexpr (M::kWide) return number / 4 % 8 < columns;
     else return number % (kPieces * M::kColumns) < kPieces * columns;
   }
-  // What of it exists, zeros for the rest. rows: of the vector.
+  // What of it exists, zeros for the rest. rows: of the vector, from the one on that pieces are counted from.
   FF_DEVICE void clip(uint4& v, u32 columns, u32 rows) const {
     if constexpr (M::kWide) {
       if (number / 4 % 8 + 8 >= columns) v.y = v.w = 0;
@@ -191,7 +191,7 @@ struct Panel {
           const u32 at = base + i * 32 + lane;
           v[i] = exists(at) ? load_pairs(from + at * 16) : make_uint4(0, 0, 0, 0);
           static_assert(S::kInRows % 4 == 0, "half a piece may be padding");
-          if (M::kWide || S::kInRows % 8 != 0) PanelPiece<M>{at}.clip(v[i], columns, S::kInRows);
+          if (M::kWide || S::kInRows % 8 != 0) PanelPiece<M>{at}.clip(v[i], columns, S::kInRows - cell * 32);
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) here = here && present(v[i]);
