@@ -365,9 +365,20 @@ def test_the_context_is_what_was_asked_for() -> None:
             planned(model(), max_context=wrong)
 
 
+def test_layers_of_few_bytes_are_looked_for_sooner() -> None:
+    def first_look(name: str, format: Format | None = None) -> int:
+        config = shape(name)
+        graph = build_graph(config)
+        return make_plan(config, graph, CUDA, 256, formats=dict.fromkeys(graph.weights(), format) if format else None).target.first_look_cycles
+
+    int4 = Format("int", 4, 128)
+    assert first_look("qwen3-0.6b") == first_look("llama-3.2-1b", int4) == CUDA.short_first_look_cycles < CUDA.first_look_cycles
+    assert first_look("llama-3.2-1b") == first_look("llama-3.1-8b", int4) == CUDA.first_look_cycles
+
+
 def test_workers_replace_those_of_a_typical_device() -> None:
     assert planned(model()).target.workers == CUDA.workers
-    assert planned(model(), workers=5).target == replace(CUDA, workers=5)
+    assert planned(model(), workers=5).target == replace(planned(model()).target, workers=5)
     with pytest.raises(PlanError, match="at least one worker, not 0"):
         planned(model(), workers=0)
 

@@ -217,7 +217,7 @@ def run(*arguments: str) -> tuple[int, str]:
 def test_the_command(gpu: FakeGpu) -> None:
     status, output = run("small", "--context", "512")
     assert status == 0, output
-    assert "first_look_cycles 1500 -> 0: 0.98% less time" in output and "finisher_warps 3 -> 2" in output
+    assert "first_look_cycles 1250 -> 0: 0.98% less time" in output and "finisher_warps 3 -> 2" in output
     assert "1.0000 ms/token in place of 1.0200" in output
     usual = bench.plan_for_gpu(SMALL)
     assert tuned(usual, GPU).target == gpu.best

@@ -48,28 +48,21 @@ struct Early {
   static FF_DEVICE bool is_first(u32 turn, u32 from) { return turn >= from && (turn < M::kFinishers || turn - M::kFinishers < from); }
 
   static FF_DEVICE u32 look(const Finisher<M>& f, const u64* words, u32 tag, u32 n) {
-    constexpr int kEach = ceil_div((int)kWords, 32), kAtOnce = 4;
+    constexpr int kEach = ceil_div((int)kWords, 32);
+    const u64* const own = words + f.lane;
     u32 orders[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; i += kAtOnce) {
-      Wait wait;
-      bool here;
+    Wait wait;
+    bool here;
 #pragma unroll 1
-      do {
-        u64 w[kAtOnce];
+    do {
+      here = true;
 #pragma unroll
-        for (int k = 0; k < kAtOnce; k++) {
-          const u32 at = f.lane + (i + k) * 32;
-          w[k] = at < kWords ? load_word(words + at) : join(~0u, tag);
-        }
-        here = true;
-#pragma unroll
-        for (int k = 0; k < kAtOnce; k++) {
-          here = here && split(w[k]).tag == tag;
-          if (i + k < kEach) orders[i + k] = split(w[k]).value;
-        }
-      } while (!__all_sync(kAllLanes, here) && !__any_sync(kAllLanes, wait.expired(f.watch)));
-    }
+      for (int i = 0; i < kEach; i++) {
+        const Word w = split(f.lane + i * 32 < kWords ? load_word(own + i * 32) : join(~0u, tag));
+        orders[i] = w.value;
+        here = here && w.tag == tag;
+      }
+    } while (!__all_sync(kAllLanes, here) && !__any_sync(kAllLanes, wait.expired(f.watch)));
     return nth_best(orders, n);
   }
 };
