@@ -367,9 +367,9 @@ def test_the_context_is_what_was_asked_for() -> None:
 
 def test_layers_of_few_bytes_are_looked_for_sooner() -> None:
     def first_look(name: str, format: Format | None = None) -> int:
-        config = shape(name)
-        graph = build_graph(config)
-        return make_plan(config, graph, CUDA, 256, formats=dict.fromkeys(graph.weights(), format) if format else None).target.first_look_cycles
+        graph = build_graph(shape(name))
+        formats = dict.fromkeys(graph.weights(), format) if format else None
+        return make_plan(shape(name), graph, CUDA, 256, formats=formats).target.first_look_cycles
 
     int4 = Format("int", 4, 128)
     assert first_look("qwen3-0.6b") == first_look("llama-3.2-1b", int4) == CUDA.short_first_look_cycles < CUDA.first_look_cycles
