@@ -20,6 +20,7 @@ struct Report {
   static FF_DEVICE void begin(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step) {
     const u32 mine = load_shared(At::base(f) + At::kBest + blockIdx.x * 8 + 4);
     u32 rank = 0;
+#pragma unroll 1
     for (u32 block = f.lane; block < M::kWorkers; block += 32) {
       const u32 other = load_shared(At::base(f) + At::kBest + block * 8 + 4);
       rank += other < mine || (other == mine && block < blockIdx.x) ? 1 : 0;
@@ -44,35 +45,24 @@ struct Report {
 
   // Behind `begin`, for one finisher of the first block: all that is listed, into shared memory; how many there are.
   static FF_DEVICE u32 gather(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step) {
-    constexpr u32 kAtOnce = 4;  // rows of a lane each: a trip to memory for all
     const u32 n = s.reported, ranks = width(s), tag = epoch(f, step);
+    Wait wait;
     u32 count = 0;
 #pragma unroll 1
-    for (u32 first = f.lane; first - f.lane < n * ranks; first += 32 * kAtOnce) {
-      u64 w[kAtOnce][2];
-#pragma unroll
-      for (u32 k = 0; k < kAtOnce; k++) w[k][0] = w[k][1] = join(~0u, tag);
-      Wait wait;
-      bool here;
-      do {
-        here = true;
-#pragma unroll
-        for (u32 k = 0; k < kAtOnce; k++) {
-          const u32 at = first + k * 32;
-          if (at / ranks + at % ranks < n) load_words(meeting.lists + 2 * at, w[k][0], w[k][1]);
-          here = here && split(w[k][0]).tag == tag && split(w[k][1]).tag == tag;
-        }
-      } while (!__all_sync(kAllLanes, here) && !__any_sync(kAllLanes, wait.expired(f.watch)));
-#pragma unroll
-      for (u32 k = 0; k < kAtOnce; k++) {
-        const u64 entry = join(split(w[k][0]).value, split(w[k][1]).value);
-        const u32 there = __ballot_sync(kAllLanes, entry != kNothing);
-        if (there == 0) return count;  // the lists have ended
-        if (there >> f.lane & 1) store_shared64(place(f, count + __popc(there & ((1u << f.lane) - 1))), entry);
-        count += __popc(there);
-        __syncwarp();
-      }
+    for (u32 first = 0; first < n * ranks; first += 32) {
+      const u32 at = first + f.lane, rank = at / ranks;
+      u64 a = join(~0u, tag), b = a;
+      if (rank + at % ranks < n)
+        do load_words(meeting.lists + 2 * at, a, b);
+        while ((split(a).tag != tag || split(b).tag != tag) && !wait.expired(f.watch));
+      __syncwarp();
+      const u64 entry = join(split(a).value, split(b).value);
+      const u32 there = __ballot_sync(kAllLanes, entry != kNothing);
+      if (there == 0) break;  // the lists have ended
+      if (there >> f.lane & 1) store_shared64(place(f, count + __popc(there & ((1u << f.lane) - 1))), entry);
+      count += __popc(there);
     }
+    __syncwarp();
     return count;
   }
   // Where entry i of all that are listed is in shared memory.
@@ -85,7 +75,7 @@ struct Report {
     for (u32 i = f.lane; i < count; i += 32) {
       const u64 entry = load_shared64(place(f, i));
       u32 before = 0;
-#pragma unroll 4
+#pragma unroll 1
       for (u32 k = 0; k < count; k++) before += load_shared64(place(f, k)) < entry ? 1 : 0;
       if (before < s.reported) store_shared64(top(f, before), entry);
     }
@@ -113,7 +103,8 @@ struct Report {
     FF_DEVICE void find(const Finisher<M>& f, const float* logits, u32 at_least, u64 from) {
       first = second = kNothing;
       count = 0;
-      each_row<32, 1, 4>(f, f.lane, logits, [&](u32 row, float x) {
+      constexpr u32 kAhead = M::kColumns > 1 ? 4 : 1;  // of one column it is rarely asked for: see shortlist.cuh
+      each_row<32, 1, kAhead>(f, f.lane, logits, [&](u32 row, float x) {
         const u64 candidate = ranked(x, row);
         if ((u32)(candidate >> 32) > at_least || candidate < from) return;
         if (candidate < first) second = first, first = candidate;

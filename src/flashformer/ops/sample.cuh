@@ -205,29 +205,34 @@ struct Sample {
     const Sampling& s = f.p.sampling;
     All::forget(f);
     f.sync();  // the scores of all finishers are there
-    if (f.worst_kept != ~0u)
+    if (All::wanted(f, kKept))
       each_row<Rounds<M, S>::kLanes, 2>(f, Rounds<M, S>::lane(f), s.scores, [&](u32 row, float x, float score) {
-        if (order_of(x) <= f.worst_kept) All::add(f, kKept, step, order_of(x), ranked(score, row));
+        All::add(f, kKept, step, order_of(x), ranked(score, row));
       });
     Decision<M, S> decision;
     Part part = decision.opening(f, s, ranked(f.best, f.best_row), cancel, [&](u32 row, float x) {
-      if (f.worst_likely != ~0u && order_of(x) <= f.worst_likely) All::add(f, kLikely, step, order_of(x), ranked(x, row));
+      All::add(f, kLikely, step, order_of(x), ranked(x, row));
     });
     // NOTE: from here on this block's consumers are at rest, and the shared memory of the reductions is free.
     barrier_wait(f.shared + L::kDone, step & 1, f.watch);
     f.sync();
     part.mass[1] = All::counts(f);
+    u32 listed = All::kTooMany;  // tokens, for the first finisher, which goes on with them alone
 #pragma unroll 1
     for (u32 round = 0;; round++) {
-      part = Rounds<M, S>::meet(f, s, meeting(f), step, round, part);
-      const bool done = decision.learn(f, s, round, part);
+      part = listed != All::kTooMany ? Shortlist<M, S>::tally(f, listed, s, decision.selection)
+                                     : Rounds<M, S>::meet(f, s, meeting(f), step, round, part);
+      bool done = decision.learn(f, s, round, part);
       if (round == 0) {
-        // NOTE: the last finisher does this while the first one chooses.
-        if (s.flags & kReported && f.index == M::kFinishers - 1) find_likeliest(f, s, step, part);
-        if (!done && Shortlist<M, S>::choose(f, s, step, decision.selection, decision.all)) break;
+        listed = read_lists(f, s, step, part, done);
+        if (!done && All::wanted(f, kKept)) {
+          if (f.index == 0 && f.lane == 0) store_shared(f.shared + L::kBest, listed != All::kTooMany);
+          f.sync();
+          if (load_shared(f.shared + L::kBest)) done = f.index != 0 || Shortlist<M, S>::begin(f, listed, s, decision.selection, decision.all);
+        }
       }
       if (done) break;
-      part = decision.selection.template tally<Rounds<M, S>>(f, s);
+      if (listed == All::kTooMany) part = decision.selection.template tally<Rounds<M, S>>(f, s);
     }
     const Part& all = decision.all;
     f.best = all.score();
@@ -236,18 +241,25 @@ struct Sample {
     f.sync();
     return all.news != 0;
   }
-  // The most likely tokens, for one finisher: they get to the first block's shared memory.
-  static FF_DEVICE void find_likeliest(const Finisher<M>& f, const Sampling& s, u32 step, const Part& all) {
+  // After the first round, which found `all`: the first finisher gathers what may be kept, if that is not `settled`, and gets how many there are;
+  // the last one the tokens that may be reported, for the first block, which sorts them.
+  static FF_DEVICE u32 read_lists(const Finisher<M>& f, const Sampling& s, u32 step, const Part& all, bool settled) {
     using R = Report<M, S>;
-    R::note(f, meeting(f), all);
-    const auto keep = [&](u32 i, u32, u64 entry) { store_shared64(R::place(f, i), entry); };
-    u32 count = All::kTooMany;
-    if (f.worst_likely != ~0u)
-      count = blockIdx.x ? All::count(f, kLikely, kMostListed) : All::gather(f, kLikely, step, kMostListed, R::place(f, 0), 8, keep);
-    if (count == All::kTooMany) R::begin(f, s, meeting(f), step);
-    if (blockIdx.x != 0) return;
-    if (count == All::kTooMany) count = R::gather(f, s, meeting(f), step);
-    R::sort(f, s, count);
+    const bool reports = s.flags & kReported && f.index == M::kFinishers - 1;
+    u32 kept = All::kTooMany, likely = All::kTooMany;
+#pragma unroll 1
+    for (u32 kind = kKept; kind <= kLikely; kind++) {
+      const bool mine = kind == kKept ? f.index == 0 && !settled : reports;
+      const u32 count = mine && All::wanted(f, kind) ? All::gather(f, kind, step, kind == kKept || blockIdx.x == 0) : All::kTooMany;
+      kept = kind == kKept ? count : kept;
+      likely = kind == kLikely ? count : likely;
+    }
+    if (reports) {
+      R::note(f, meeting(f), all);
+      if (likely == All::kTooMany) R::begin(f, s, meeting(f), step);
+      if (blockIdx.x == 0) R::sort(f, s, likely == All::kTooMany ? R::gather(f, s, meeting(f), step) : likely);
+    }
+    return kept;
   }
   static FF_DEVICE Meeting meeting(const Finisher<M>& f) {
     return {f.words(S::kRounds), f.words(S::kLists), f.shared + Rounds<M, S>::kSoftmax};

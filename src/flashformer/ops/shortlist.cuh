@@ -68,12 +68,19 @@ struct Early {
 };
 
 // The lists of a token, in its stage, S.
+// NOTE: what runs once a token comes from memory: little code is fast code.
 template <class M, class S>
 struct Lists {
   using At = Rounds<M, S>;
+  static constexpr u32 kTooMany = ~0u;
 
-  // A token of this block, of which `order` says how good it is, by whoever finds it; `candidate`: as `ranked`.
-  static FF_DEVICE void add(const Finisher<M>& f, ListKind kind, u32 step, u32 order, u64 candidate) {
+  // Is there a list? The same for all finishers of all blocks.
+  static FF_DEVICE bool wanted(const Finisher<M>& f, u32 kind) {
+    return (kind == kKept ? kRoom > 0 : true) && (kind == kKept ? f.worst_kept : f.worst_likely) != ~0u;
+  }
+  // A token of this block, for whoever finds it. `order`: how good it is; `candidate`: as `ranked`.
+  static FF_DEVICE void add(const Finisher<M>& f, u32 kind, u32 step, u32 order, u64 candidate) {
+    if (!wanted(f, kind) || order > (kind == kKept ? f.worst_kept : f.worst_likely)) return;
     const u32 place = add_shared(counter(f, kind), 1);
     if (place >= kMost) return;
     u64* const entry = list(f, kind, blockIdx.x) + place * kEntryWords;
@@ -85,50 +92,38 @@ struct Lists {
     return min(load_shared(counter(f, kKept)), kCountMask) | min(load_shared(counter(f, kLikely)), kCountMask) << kCountBits;
   }
   static FF_DEVICE void forget(const Finisher<M>& f) {
-    if (f.index == 0 && f.lane < 2) store_shared(counter(f, (ListKind)f.lane), 0);
+    if (f.index == 0 && f.lane < 2) store_shared(counter(f, f.lane), 0);
   }
 
-  // After the first round, for a finisher: how many tokens all blocks list, or kTooMany; the same in all blocks.
-  static FF_DEVICE u32 count(const Finisher<M>& f, ListKind kind, u32 room) {
-    u32 total = 0;
-    bool fit = true;
-#pragma unroll 1
-    for (u32 block = f.lane; block < M::kWorkers; block += 32) {
-      fit = fit && listed(f, kind, block) <= kMost;
-      total += listed(f, kind, block);
-    }
-    __syncwarp();
-    total = __reduce_add_sync(kAllLanes, total);
-    return __all_sync(kAllLanes, fit) && total <= room ? total : kTooMany;
-  }
-  // The same, and these tokens: use(i, order, candidate) of each by some lane. At `place` + i * `stride` is a word of shared memory for it until
-  // then.
-  // NOTE: what runs once a token comes from memory: little code is fast code.
-  template <class Use>
-  static FF_DEVICE u32 gather(const Finisher<M>& f, ListKind kind, u32 step, u32 room, u32 place, u32 stride, Use use) {
+  // After the first round, for one finisher of a block: how many tokens all blocks list, or kTooMany, which is the same in all blocks; and if it
+  // is to `take` them, these tokens to `orders` and `candidates`.
+  static FF_DEVICE u32 gather(const Finisher<M>& f, u32 kind, u32 step, bool take) {
     constexpr int kAtOnce = 2;
+    const u32 room = kind == kKept ? kRoom : kMostListed;
     u32 count = 0;
     bool fit = true;
 #pragma unroll 1
-    for (u32 first = 0; first < M::kWorkers; first += 32) {  // where each token comes from
-      const u32 block = first + f.lane, own = block < M::kWorkers ? listed(f, kind, block) : 0;
-      fit = fit && own <= kMost;
+    for (u32 first = 0; first < M::kWorkers; first += 32) {  // where each token comes from, in the place of its order
+      const u32 block = first + f.lane, told = block < M::kWorkers ? load_shared(At::base(f) + At::kBest + block * 8) : 0;
+      const u32 own = told >> kind * kCountBits & kCountMask;
       u32 end = own;
-#pragma unroll
-      for (int o = 1; o < 32; o <<= 1) {
+#pragma unroll 1
+      for (u32 o = 1; o < 32; o <<= 1) {
         const u32 before = __shfl_up_sync(kAllLanes, end, o);
         end += f.lane >= o ? before : 0;
       }
+      fit = fit && own <= kMost;
       const u32 at = count + end - own;
 #pragma unroll 1
-      for (u32 k = 0; k < own && at + k < room; k++) store_shared(place + (at + k) * stride, block * kMost + k);
+      for (u32 k = 0; k < own && at + k < room; k++) store_shared(orders(f, kind) + (at + k) * 4, block * kMost + k);
       count += __shfl_sync(kAllLanes, end, 31);
     }
     if (!__all_sync(kAllLanes, fit) || count > room) return kTooMany;
+    __syncwarp();
     const u64* const entries = list(f, kind, 0);
     const u32 tag = epoch(f, step);
 #pragma unroll 1
-    for (u32 first = f.lane; first - f.lane < count; first += 32 * kAtOnce) {
+    for (u32 first = f.lane; take && first - f.lane < count; first += 32 * kAtOnce) {
       u64 w[kAtOnce][4];
 #pragma unroll
       for (int i = 0; i < kAtOnce * 4; i++) w[i / 4][i % 4] = join(0, tag);
@@ -139,7 +134,7 @@ struct Lists {
 #pragma unroll
         for (int k = 0; k < kAtOnce; k++)
           if (first + k * 32 < count) {
-            const u64* const entry = entries + load_shared(place + (first + k * 32) * stride) * kEntryWords;
+            const u64* const entry = entries + load_shared(orders(f, kind) + (first + k * 32) * 4) * kEntryWords;
             load_words(entry, w[k][0], w[k][1]);
             load_words(entry + 2, w[k][2], w[k][3]);
           }
@@ -148,85 +143,63 @@ struct Lists {
       } while (!__all_sync(kAllLanes, here) && !__any_sync(kAllLanes, wait.expired(f.watch)));
 #pragma unroll
       for (int k = 0; k < kAtOnce; k++)
-        if (first + k * 32 < count) use(first + k * 32, split(w[k][2]).value, join(split(w[k][0]).value, split(w[k][1]).value));
+        if (first + k * 32 < count) {
+          store_shared(orders(f, kind) + (first + k * 32) * 4, split(w[k][2]).value);
+          store_shared64(candidates(f, kind) + (first + k * 32) * 8, join(split(w[k][0]).value, split(w[k][1]).value));
+        }
     }
     __syncwarp();
     return count;
   }
-
-  static constexpr u32 kTooMany = ~0u;
+  // In shared memory, of each token that was gathered.
+  static FF_DEVICE u32 orders(const Finisher<M>& f, u32 kind) { return f.shared + (kind == kKept ? kKeptOrders : kLikelyOrders); }
+  static FF_DEVICE u32 candidates(const Finisher<M>& f, u32 kind) {
+    return kind == kKept ? f.shared + kKeptCandidates : At::base(f) + At::kList;
+  }
 
  private:
   static constexpr u32 kMost = S::kShortlist, kEntryWords = 4;  // of a block; in memory: candidate, order, nothing
   static constexpr u32 kCountBits = 16, kCountMask = (1u << kCountBits) - 1;
-  static_assert(kMost < kCountMask, "");
+  static constexpr int kLikelyOrders = round_up(At::kEnd, 8), kKeptCandidates = kLikelyOrders + kMostListed * 4;
+  static constexpr int kFit = (Layout<M>::kResidual - kKeptCandidates) / 12 / 2 * 2, kRoom = kFit < 512 ? kFit : 512;
+  static constexpr int kKeptOrders = kKeptCandidates + kRoom * 8;
+  static_assert(kMost < kCountMask && kMostListed % 2 == 0 && kKeptCandidates <= Layout<M>::kResidual, "");
 
   static FF_DEVICE u32 epoch(const Finisher<M>& f, u32 step) { return f.p.epoch + Block<M>::fresh(step); }
   // NOTE: nothing else is there where blocks meet in rounds.
-  static FF_DEVICE u32 counter(const Finisher<M>& f, ListKind kind) { return f.shared + Layout<M>::kBest + kind * 4; }
-  static FF_DEVICE u64* list(const Finisher<M>& f, ListKind kind, u32 block) {
+  static FF_DEVICE u32 counter(const Finisher<M>& f, u32 kind) { return f.shared + Layout<M>::kBest + kind * 4; }
+  static FF_DEVICE u64* list(const Finisher<M>& f, u32 kind, u32 block) {
     return f.words(S::kShortlists) + (kind * M::kWorkers + block) * (kMost * kEntryWords);
-  }
-  // Of a block, as it told.
-  static FF_DEVICE u32 listed(const Finisher<M>& f, ListKind kind, u32 block) {
-    return load_shared(At::base(f) + At::kBest + block * 8) >> kind * kCountBits & kCountMask;
   }
 };
 
-// Top-k, top-p and min-p of the tokens that are listed.
+// Rounds without other blocks, for the finisher that has gathered all tokens that may be kept.
 template <class M, class S>
 struct Shortlist {
-  using At = Rounds<M, S>;
   using All = Lists<M, S>;
 
-  // For all finishers. True: the choice is the candidate of `all`; false: there are too many tokens, or no lists.
-  static FF_DEVICE bool choose(const Finisher<M>& f, const Sampling& s, u32 step, Selection<M> selection, Part& all) {
-    if (kRoom <= 0 || f.worst_kept == ~0u) return false;
-    const u32 result = f.shared + kResult;  // (found?, candidate)
-    if (f.index == 0) {
-      const u32 orders = f.shared + kOrders, masses = f.shared + kMasses, candidates = f.shared + kCandidates;
-      Part best = Part::nothing(false);
-      const u32 count = All::gather(f, kKept, step, kRoom, orders, 4, [&](u32 i, u32 order, u64 candidate) {
-        store_shared(orders + i * 4, order);
-        store_shared64(candidates + i * 8, candidate);
-        store_shared64(masses + i * 8, s.flags & kTopP ? mass_of(s, logit_of(order), selection.cut.largest) : 0);
-        if (order <= selection.limit && candidate < best.candidate) best.candidate = candidate, best.order = order;
-      });
-      bool found = count != All::kTooMany, settled = false;
-      if (found) {  // the best that are not listed were dropped
-        all.candidate = warp_min(best.candidate);
-        all.order = __reduce_min_sync(kAllLanes, best.candidate == all.candidate ? best.order : ~0u);
-        settled = selection.settled(s, all);
-      }
+  // The first candidate: those that are not listed are dropped. Is it the choice?
+  static FF_DEVICE bool begin(const Finisher<M>& f, u32 count, const Sampling& s, Selection<M>& selection, Part& all) {
+    Part part = Part::nothing(false);
 #pragma unroll 1
-      for (u32 round = 1; found && !settled; round++) {
-        Part part = Part::nothing(false);
+    for (u32 i = f.lane; i < count; i += 32)
+      if (order(f, i) <= selection.limit && candidate(f, i) < part.candidate) part.candidate = candidate(f, i), part.order = order(f, i);
+    all.candidate = warp_min(part.candidate);
+    all.order = __reduce_min_sync(kAllLanes, part.candidate == all.candidate ? part.order : ~0u);
+    return selection.settled(s, all);
+  }
+  static FF_DEVICE Part tally(const Finisher<M>& f, u32 count, const Sampling& s, const Selection<M>& selection) {
+    Part part = Part::nothing(false);
 #pragma unroll 1
-        for (u32 i = f.lane; i < count; i += 32) {
-          const u32 order = load_shared(orders + i * 4);
-          const u64 candidate = load_shared64(candidates + i * 8);
-          if (order <= selection.reach && candidate < part.candidate) part.candidate = candidate, part.order = order;
-          selection.count(part, order, load_shared64(masses + i * 8));
-        }
-        part.merge_lanes(false);
-        settled = selection.learn(s, round, part, all) || selection.settled(s, all);
-        found = round < kPatience;
-      }
-      if (f.lane == 0) {
-        store_shared(result, found);
-        store_shared64(result + 8, all.candidate);
-      }
+    for (u32 i = f.lane; i < count; i += 32) {
+      if (order(f, i) <= selection.reach && candidate(f, i) < part.candidate) part.candidate = candidate(f, i), part.order = order(f, i);
+      selection.count(part, order(f, i), s.flags & kTopP ? mass_of(s, logit_of(order(f, i)), selection.cut.largest) : 0);
     }
-    f.sync();
-    if (!load_shared(result)) return false;
-    all.candidate = load_shared64(result + 8);
-    return true;
+    part.merge_lanes(false);
+    return part;
   }
 
  private:
-  // In shared memory: the result; of the tokens of all blocks what decides.
-  static constexpr int kResult = round_up(At::kEnd, 16), kOrders = kResult + 16;
-  static constexpr int kFit = (Layout<M>::kResidual - kOrders) / 20 / 32 * 32, kRoom = kFit < 512 ? kFit : 512;
-  static constexpr int kMasses = kOrders + kRoom * 4, kCandidates = kMasses + kRoom * 8;
-  static constexpr u32 kPatience = 1000;  // rounds without other blocks: the longest search takes some 100
+  static FF_DEVICE u32 order(const Finisher<M>& f, u32 i) { return load_shared(All::orders(f, kKept) + i * 4); }
+  static FF_DEVICE u64 candidate(const Finisher<M>& f, u32 i) { return load_shared64(All::candidates(f, kKept) + i * 8); }
 };
