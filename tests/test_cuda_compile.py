@@ -52,6 +52,7 @@ def odd(**changes: object) -> ModelConfig:
 
 ODD = {
     "odd": odd(),
+    "tiny": odd(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=160, vocab_size=300),
     "mqa": odd(num_heads=12, num_kv_heads=1, head_dim=8),
     "wide heads": odd(head_dim=256, dtype="float16"),
     "short warps": odd(hidden_size=3200, num_heads=24, num_kv_heads=8, head_dim=128, ffn_size=9600),
@@ -154,9 +155,9 @@ def test_large_shapes_of_codes(name: str, weights: str) -> None:
 @pytest.mark.parametrize(
     ("target", "columns"), [(target, columns) for target in CUDA for columns in sorted({get(target).columns[1], max(get(target).columns)})]
 )
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "odd"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "odd", "tiny"])
 def test_several_columns(name: str, target: str, columns: int) -> None:
-    config = ODD["odd"] if name == "odd" else shape(name)
+    config = ODD[name] if name in ODD else shape(name)
     assert_clean(make_plan(config, build_graph(config), get(target), columns=columns), MOST_WIDE_CODE if columns == WIDE else MOST_CODE)
 
 

@@ -67,30 +67,36 @@ struct Report {
   }
   // Where entry i of all that are listed is in shared memory.
   static FF_DEVICE u32 place(const Finisher<M>& f, u32 i) { return At::base(f) + At::kList + i * 8; }
-  // For one finisher of the first block: put so many entries in order.
-  static FF_DEVICE void sort(const Finisher<M>& f, const Sampling& s, u32 count) {
-    if (f.lane < kMostReported) store_shared64(top(f, f.lane), kNothing);
-    __syncwarp();
+  // For one finisher of the first block: put(place, entry) of those of so many that are reported, the most likely one first.
+  template <class Put>
+  static FF_DEVICE void sort(const Finisher<M>& f, const Sampling& s, u32 count, Put put) {
 #pragma unroll 1
     for (u32 i = f.lane; i < count; i += 32) {
       const u64 entry = load_shared64(place(f, i));
       u32 before = 0;
 #pragma unroll 1
       for (u32 k = 0; k < count; k++) before += load_shared64(place(f, k)) < entry ? 1 : 0;
-      if (before < s.reported) store_shared64(top(f, before), entry);
+      if (before < s.reported) put(before, entry);
     }
     __syncwarp();
   }
+  // The same into shared memory, for `send`.
+  static FF_DEVICE void keep(const Finisher<M>& f, const Sampling& s, u32 count) {
+    if (f.lane < kMostReported) store_shared64(top(f, f.lane), kNothing);
+    __syncwarp();
+    sort(f, s, count, [&](u32 at, u64 entry) { store_shared64(top(f, at), entry); });
+  }
 
   // For one finisher of each block: `chosen` is token number `made` of those to be reported. The host is told by the block that has its
-  // row, and by the first.
+  // row, and by the first; of one column also of the most likely tokens.
   static FF_DEVICE void send(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 made, u32 chosen, bool own) {
     u64* report = s.report + (u64)made * kReportWords;
     const float likeliest = load_shared_float(meeting.softmax), sum = load_shared_float(meeting.softmax + 4);
     if (own && f.lane == 0) store_host(report + 1, join(float_bits(s.raw[chosen]), float_bits(likeliest)));
     if (blockIdx.x != 0) return;
     if (f.lane == 0) store_host(report, (u64)(sum * (float)(1ull << kMassBits)));
-    if (f.lane < s.reported) store_host(report + 2 + f.lane, load_shared64(top(f, f.lane)));
+    if constexpr (M::kColumns == 1)
+      if (f.lane < s.reported) store_host(report + 2 + f.lane, load_shared64(top(f, f.lane)));
   }
 
  private:

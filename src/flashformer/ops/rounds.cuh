@@ -160,8 +160,8 @@ struct Rounds {
   // [blocks] (order of the largest logit, or of one column what is listed; order of the likeliest)
   static constexpr int kBest = kAll + kTeam * Part::kWords * 4;
   static constexpr int kList = kBest + M::kWorkers * 8;                   // of the report
-  static constexpr int kTop = kList + kMostListed * 8;                    // the same in order, as far as it is reported
-  static constexpr int kBytes = kTop + kMostReported * 8;
+  static constexpr int kTop = kList + kMostListed * 8;                    // of one column the same in order, as far as it is reported
+  static constexpr int kBytes = kTop + (M::kColumns == 1) * kMostReported * 8;
   static constexpr int kSoftmax = kBytes * (M::kFinishers / kTeam);       // [columns] see Meeting
   static constexpr int kEnd = kSoftmax + M::kColumns * 8;
   static constexpr u64 kGivenUp = 0;  // in the place of a candidate, better than any: a wait took too long

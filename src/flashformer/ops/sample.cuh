@@ -242,7 +242,7 @@ struct Sample {
     return all.news != 0;
   }
   // After the first round, which found `all`: the first finisher gathers what may be kept, if that is not `settled`, and gets how many there are;
-  // the last one the tokens that may be reported, for the first block, which sorts them.
+  // the last one the tokens that may be reported, for the first block, which puts them in order.
   static FF_DEVICE u32 read_lists(const Finisher<M>& f, const Sampling& s, u32 step, const Part& all, bool settled) {
     using R = Report<M, S>;
     const bool reports = s.flags & kReported && f.index == M::kFinishers - 1;
@@ -257,7 +257,7 @@ struct Sample {
     if (reports) {
       R::note(f, meeting(f), all);
       if (likely == All::kTooMany) R::begin(f, s, meeting(f), step);
-      if (blockIdx.x == 0) R::sort(f, s, likely == All::kTooMany ? R::gather(f, s, meeting(f), step) : likely);
+      if (blockIdx.x == 0) R::keep(f, s, likely == All::kTooMany ? R::gather(f, s, meeting(f), step) : likely);
     }
     return kept;
   }

@@ -270,8 +270,11 @@ struct SampleColumns {
   }
   static FF_DEVICE void report(const Finisher<M>& f, u32 step) {
     each_made(f, columns_with(f, kReported) & columns_of(f), [&](u32 c, const Sampling& s, u32 token, u32 number) {
-      if (blockIdx.x == 0) Report<M, S, 1>::sort(f, s, Report<M, S, 1>::gather(f, s, meeting(f, c), step));
-      Report<M, S, 1>::send(f, s, meeting(f, c), number, token, owns(f, token));
+      using R = Report<M, S, 1>;
+      R::send(f, s, meeting(f, c), number, token, owns(f, token));
+      if (blockIdx.x != 0) return;
+      u64* const alternatives = s.report + (u64)number * kReportWords + 2;
+      R::sort(f, s, R::gather(f, s, meeting(f, c), step), [&](u32 at, u64 entry) { store_host(alternatives + at, entry); });
     });
   }
   static_assert(At::kEnd + M::kColumns * Decision<M, S, 1>::kStateBytes <= L::kResidual, "too little shared memory");

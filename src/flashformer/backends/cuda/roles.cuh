@@ -43,7 +43,9 @@ struct Layout {
   static constexpr int kScratchEnd = kSoftmax + kConsumers * 8 * 8;
   static constexpr int kFactors = kPanel + M::kPanelBytes;  // [consumers][columns] of integers in the panel
   static constexpr int kPanelEnd = kFactors + (kMany && M::kColumns <= kIntegerColumns ? kConsumers * M::kColumns * 4 : 0);
-  static constexpr int kResidual = kScratchEnd < kPanelEnd ? kPanelEnd : kScratchEnd;
+  // NOTE: where finishers meet other blocks in rounds, each for columns of its own, they need at least so much (rounds.cuh).
+  static constexpr int kRoundsEnd = kMany ? 12 * 1024 : 0, kUsedEnd = kScratchEnd < kPanelEnd ? kPanelEnd : kScratchEnd;
+  static constexpr int kResidual = kUsedEnd < kRoundsEnd ? kRoundsEnd : kUsedEnd;
   static constexpr int kGamma = kResidual + M::kOwnedTiles * 8 * 4 * M::kColumns;  // [finishers]: norm weights of the owned rows
   static constexpr int kTiles = kGamma + M::kFinishers * M::kOwnedTiles * 8 * 4;
   static constexpr int kLooks = kTiles + M::kTileWords * 4;  // [warps][stages]: see `Looks`
