@@ -231,7 +231,7 @@ struct Sample {
           if (load_shared(f.shared + L::kBest)) done = f.index != 0 || Shortlist<M, S>::begin(f, listed, s, decision.selection, decision.all);
         }
       }
-      if (done) break;
+      if (done || (listed != All::kTooMany && round == Shortlist<M, S>::kPatience)) break;
       if (listed == All::kTooMany) part = decision.selection.template tally<Rounds<M, S>>(f, s);
     }
     const Part& all = decision.all;

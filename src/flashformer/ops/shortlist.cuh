@@ -177,6 +177,8 @@ struct Lists {
 template <class M, class S>
 struct Shortlist {
   using All = Lists<M, S>;
+  // Rounds, of which the longest search takes some 100. NOTE: where a wait was given up the lists are not whole, and there may be no end.
+  static constexpr u32 kPatience = 1000;
 
   // The first candidate: those that are not listed are dropped. Is it the choice?
   static FF_DEVICE bool begin(const Finisher<M>& f, u32 count, const Sampling& s, Selection<M>& selection, Part& all) {
