@@ -41,8 +41,7 @@ FF_DEVICE u64 warp_min(u64 x) {
   return join(__reduce_min_sync(kAllLanes, (u32)(x >> 32) == high ? (u32)x : ~0u), high);
 }
 
-// An order that at least n of all lanes' orders are not above, and the n-th best one is not below by more than 1/256 of their range; ~0 where
-// there are fewer than n below ~0.
+// The n-th best of all lanes' orders, or up to 1/256 of their range above it: at least n are no worse. ~0 where there are fewer than n below ~0.
 template <int kEach>
 FF_DEVICE u32 nth_best(const u32 (&orders)[kEach], u32 n) {
   u32 least = ~0u, most = 0, there = 0;

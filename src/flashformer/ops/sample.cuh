@@ -8,10 +8,10 @@
 #include "report.cuh"
 #include "shortlist.cuh"
 
-// What a logit counts in the choice of the token at `position`; what is to be looked at closer is kept in `raw` and `scores`, which stand
-// for those of `s`. `seen`: see `adjusted`.
+// A logit after bias and penalties, and what it counts in the choice of the token at `position`. What is to be looked at closer is kept in
+// `raw` and `scores`, which stand for those of `s`. `seen`: see `adjusted`.
 struct Weighed {
-  float logit, score;  // after bias and penalties
+  float logit, score;
 };
 FF_DEVICE Weighed weigh(const Sampling& s, float* raw, float* scores, float logit, u32 token, u32 seen, u32 position) {
   if (s.flags & kReported) raw[token] = logit;
