@@ -40,12 +40,12 @@ struct Report {
       missing = two.take(best);
       from = best + 1;
     }
-    if (f.lane < most) store_words(meeting.lists + 2 * (f.lane * width(s) + rank), (u32)entry, (u32)(entry >> 32), epoch(f, step));
+    if (f.lane < most) store_words(meeting.lists + 2 * (f.lane * width(s) + rank), (u32)entry, (u32)(entry >> 32), epoch_of(f, step));
   }
 
   // Behind `begin`, for one finisher of the first block: all that is listed, into shared memory; how many there are.
   static FF_DEVICE u32 gather(const Finisher<M>& f, const Sampling& s, const Meeting& meeting, u32 step) {
-    const u32 n = s.reported, ranks = width(s), tag = epoch(f, step);
+    const u32 n = s.reported, ranks = width(s), tag = epoch_of(f, step);
     Wait wait;
     u32 count = 0;
 #pragma unroll 1
@@ -124,7 +124,6 @@ struct Report {
       return __any_sync(kAllLanes, first == kNothing && count > 0);
     }
   };
-  static FF_DEVICE u32 epoch(const Finisher<M>& f, u32 step) { return f.p.epoch + Block<M>::fresh(step); }
   // Of lists [place in its list][width: rank of its block].
   static FF_DEVICE u32 width(const Sampling& s) { return min(s.reported, M::kWorkers); }
   static FF_DEVICE u32 top(const Finisher<M>& f, u32 i) { return At::base(f) + At::kTop + i * 8; }

@@ -6,6 +6,10 @@
 
 #include "sampling.hpp"
 
+// Tag of what finishers tell each other of the token, or the pass, that is being made.
+template <class M>
+FF_DEVICE u32 epoch_of(const Finisher<M>& f, u32 step) { return f.p.epoch + Block<M>::fresh(step); }
+
 // use(row, its kEach values) for every kLanes-th group of rows of the head among those that this block has, ascending.
 // NOTE: values are fetched some rows ahead, the more the fewer warps share them: the trip is longer than what is done with them.
 template <u32 kLanes, u32 kEach, u32 kAhead = (kLanes > 32 ? 3 : 6), class M, class Use>
@@ -220,7 +224,7 @@ struct Rounds {
   };
   // NOTE: two copies by round, since a fast block may be a round ahead of a slow one, and two by token.
   static FF_DEVICE Round round_of(const Finisher<M>& f, const Meeting& meeting, u32 step, u32 round) {
-    const u32 epoch = f.p.epoch + Block<M>::fresh(step), tag = epoch * S::kRoundTags + round % S::kRoundTags;
+    const u32 epoch = epoch_of(f, step), tag = epoch * S::kRoundTags + round % S::kRoundTags;
     return {meeting.rounds + (epoch % 2 * 2 + round % 2) * M::kWorkers * Part::kWords, tag, round == 0};
   }
 

@@ -158,7 +158,7 @@ struct SampleColumns {
 
   // This block's candidates for some columns, and which sequences are cancelled, which the first block's first finisher was told.
   static FF_DEVICE void publish(const Finisher<M>& f, u32 step, u32 columns, u32 cancelled) {
-    const u32 epoch = f.p.epoch + Block<M>::fresh(step);
+    const u32 epoch = epoch_of(f, step);
     u64* to = words(f, epoch);
     if (columns >> f.lane & 1) {
       const u64 best = best_of_block(f, f.lane);
@@ -172,7 +172,7 @@ struct SampleColumns {
   // first finisher: the cancelled sequences.
   static FF_DEVICE u32 choose(const Finisher<M>& f, Looks<M>& looks, u32 step, u32 columns, u32 by_score) {
     constexpr int kEach = ceil_div((int)M::kWorkers, 32), kTogether = 2;  // words a lane has of a column, and columns at once
-    const u32 epoch = f.p.epoch + Block<M>::fresh(step);
+    const u32 epoch = epoch_of(f, step);
     const u64* const all_words = words(f, epoch);
 #pragma unroll 1
     for (u32 first = f.index; first < kColumns; first += kTogether * M::kFinishers) {

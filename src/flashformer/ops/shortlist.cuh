@@ -22,7 +22,7 @@ struct Early {
     if (turn < M::kFinishers) f.largest = f.likeliest = f.worst_kept = f.worst_likely = ~0u;
     const Sampling& s = f.p.sampling;
     if (!(s.flags & (kTopK | kReported))) return;
-    const u32 tag = f.p.epoch + Block<M>::fresh(step);
+    const u32 tag = epoch_of(f, step);
     u64* const words = f.words(S::kEarly);
     // NOTE: late, so that few better ones follow, but so soon that all are there when they are looked for, and that a finisher has caught up
     // with its tiles before the last one comes: looking for them takes some 3 us, of both kinds 6. Who looks must have told.
@@ -76,16 +76,16 @@ struct Lists {
 
   // Is there a list? The same for all finishers of all blocks.
   static FF_DEVICE bool wanted(const Finisher<M>& f, u32 kind) {
-    return (kind == kKept ? kRoom > 0 : true) && (kind == kKept ? f.worst_kept : f.worst_likely) != ~0u;
+    return (kind == kLikely || kRoom > 0) && worst(f, kind) != ~0u;
   }
   // A token of this block, for whoever finds it. `order`: how good it is; `candidate`: as `ranked`.
   static FF_DEVICE void add(const Finisher<M>& f, u32 kind, u32 step, u32 order, u64 candidate) {
-    if (!wanted(f, kind) || order > (kind == kKept ? f.worst_kept : f.worst_likely)) return;
+    if (!wanted(f, kind) || order > worst(f, kind)) return;
     const u32 place = add_shared(counter(f, kind), 1);
     if (place >= kMost) return;
     u64* const entry = list(f, kind, blockIdx.x) + place * kEntryWords;
-    store_words(entry, (u32)candidate, (u32)(candidate >> 32), epoch(f, step));
-    store_words(entry + 2, order, 0, epoch(f, step));
+    store_words(entry, (u32)candidate, (u32)(candidate >> 32), epoch_of(f, step));
+    store_words(entry + 2, order, 0, epoch_of(f, step));
   }
   // How many tokens this block has of both kinds, for what it tells in the first round. They are counted anew from `forget` on.
   static FF_DEVICE u64 counts(const Finisher<M>& f) {
@@ -121,7 +121,7 @@ struct Lists {
     if (!__all_sync(kAllLanes, fit) || count > room) return kTooMany;
     __syncwarp();
     const u64* const entries = list(f, kind, 0);
-    const u32 tag = epoch(f, step);
+    const u32 tag = epoch_of(f, step);
 #pragma unroll 1
     for (u32 first = f.lane; take && first - f.lane < count; first += 32 * kAtOnce) {
       u64 w[kAtOnce][4];
@@ -165,7 +165,7 @@ struct Lists {
   static constexpr int kKeptOrders = kKeptCandidates + kRoom * 8;
   static_assert(kMost < kCountMask && kMostListed % 2 == 0 && kKeptCandidates <= Layout<M>::kResidual, "");
 
-  static FF_DEVICE u32 epoch(const Finisher<M>& f, u32 step) { return f.p.epoch + Block<M>::fresh(step); }
+  static FF_DEVICE u32 worst(const Finisher<M>& f, u32 kind) { return kind == kKept ? f.worst_kept : f.worst_likely; }
   // NOTE: nothing else is there where blocks meet in rounds.
   static FF_DEVICE u32 counter(const Finisher<M>& f, u32 kind) { return f.shared + Layout<M>::kBest + kind * 4; }
   static FF_DEVICE u64* list(const Finisher<M>& f, u32 kind, u32 block) {

@@ -500,8 +500,9 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text.append(f"  static FF_DEVICE u32 window(u32 waiting) {{ return {window}; }}  // bytes in flight")
     text.append("};\n")
 
-    columns_end = 4 * t.workers * plan.columns + (4 if several else 0)
-    shortlists = buffers["token"] + columns_end + plan.columns * (4 * PART_WORDS * t.workers + LIST_WORDS)
+    rounds = buffers["token"] + 4 * t.workers * plan.columns + (4 if several else 0)
+    lists = rounds + 4 * PART_WORDS * t.workers * plan.columns
+    shortlists = lists + LIST_WORDS * plan.columns
 
     shapes: dict[str, list[object]] = {}  # of the linear stages: all that consumers know of them but `Inputs` (panel.cuh)
 
@@ -588,9 +589,9 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     token: list[tuple[str, str, object]] = [
         ("u32", "kWhere", names.index("token")),
         ("int", "kOutput", buffers["token"]),
-        ("int", "kRounds", buffers["token"] + columns_end),
+        ("int", "kRounds", rounds),
         ("int", "kRoundsStride", 4 * PART_WORDS * t.workers),
-        ("int", "kLists", buffers["token"] + columns_end + 4 * PART_WORDS * t.workers * plan.columns),
+        ("int", "kLists", lists),
         ("int", "kListsStride", LIST_WORDS),
         ("int", "kPartWords", PART_WORDS),
         ("u32", "kRoundTags", ROUND_TAGS),
