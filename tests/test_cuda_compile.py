@@ -12,14 +12,17 @@ from flashformer.backends.cuda.codegen import (
     LAYOUTS,
     OWN_SEQUENCE,
     PARAMETERS,
+    PREFILL_PARAMETERS,
     SCALES,
     Params,
+    PrefillParams,
     SequenceStruct,
     code_layout,
     generate,
     headers,
     threads,
 )
+from flashformer.backends.cuda.prefill import possible
 from flashformer.backends.cuda.prompts import prompt_plan
 from flashformer.config import ModelConfig
 from flashformer.errors import BuildError
@@ -195,6 +198,25 @@ def assert_prompt_kernel(config: ModelConfig, target: str, weights: str, columns
     assert_clean(plan, MOST_WIDE_CODE)
 
 
+# One for long prompts: formats with scales of a row, of groups, tables of one term and of two; unusual models.
+@pytest.mark.parametrize(
+    ("name", "weights", "kv"),
+    [
+        *(("llama-3.1-8b", *kinds) for kinds in (("bf16", "native"), ("fp8", "fp8"), ("nf4", "native"), ("nvfp4", "int8"))),
+        *((name, "bf16", "native") for name in ("mqa", "wide heads", "short warps")),
+    ],
+)
+def test_kernels_for_long_prompts(name: str, weights: str, kv: KvType) -> None:
+    from flashformer.backends.cuda.compile import compile_source
+
+    config = ODD[name] if name in ODD else shape(name)
+    formats = RandomWeights(config, format=NAMED[weights]).formats
+    plan = make_plan(config, build_graph(config), get("sm_90"), formats=formats, kv_type=kv, prompt_columns=16)
+    assert possible(plan)
+    kernel = compile_source(generate(plan, prefill=True).text, plan.target)
+    assert kernel.spills == 0 and "serialized" not in kernel.log
+
+
 @pytest.mark.parametrize("target", CUDA)
 def test_tools(target: str) -> None:
     from flashformer.backends.cuda.compile import compile_source
@@ -211,7 +233,12 @@ def test_every_target_has_a_file_that_says_what_it_is() -> None:
 def test_host_and_kernel_agree_on_the_parameters() -> None:
     """The structures that Python fills and those that the source declares have the same members in the same order."""
     text = generate(planned(odd(), "sm_90")).text
-    for name, filled, fields in (("Params", Params, PARAMETERS), ("Sequence", SequenceStruct, OWN_SEQUENCE)):
+    text += generate(planned(odd(), "sm_90"), prefill=True).text
+    structs = (
+        ("Params", Params, PARAMETERS), ("Sequence", SequenceStruct, OWN_SEQUENCE),
+        ("PrefillParams", PrefillParams, PREFILL_PARAMETERS),
+    )  # fmt: skip
+    for name, filled, fields in structs:
         body = re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.S)
         assert body is not None
         assert re.findall(r"(\w+);", body[1]) == [field for field, *_ in fields]

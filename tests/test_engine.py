@@ -65,6 +65,9 @@ class FakeRunner:
         finally:
             self.open -= 1
 
+    def feeder(self, prompt: int) -> int:
+        return 0
+
     def logits(self, tokens: Sequence[int], start: int, slot: int = 0) -> np.ndarray:
         return np.zeros((len(tokens), self.vocab), np.float32)
 

@@ -21,6 +21,8 @@ class OneColumn:
 
     slots = 3
 
+    piece = PIECE
+
     def __init__(self, feeds_apart: bool = False) -> None:
         self.feeds_apart = feeds_apart
         self.texts: list[list[int]] = [[], [], []]
@@ -60,7 +62,11 @@ class OneColumn:
         finally:
             self.cancelled += made < count
 
-    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
+    def feeder(self, prompt: int) -> int:
+        return int(self.feeds_apart)
+
+    def feed(self, tokens: Sequence[int], start: int, slot: int, prompt: int) -> None:
+        assert prompt >= start + len(tokens)
         text = self.texts[slot]
         assert len(text) >= start
         text[start:] = tokens

@@ -100,7 +100,7 @@ def check_runner(runner: Runner, reference: Reference, tokens: Sequence[int]) ->
     at least; the runner's state is overwritten.
     """
     ours, wanted = runner.logits(tokens, 0), reference.logits(tokens)
-    if runner.feeds_apart:
+    if runner.feeder(len(tokens)):
         fed = len(tokens) - max(len(tokens) // 4, 1)
         for _ in runner.run([Turn(0, tokens[: fed + 1], 0, 1)]):
             pass  # all but the last are the other kernel's

@@ -23,7 +23,8 @@ columns = click.option(
 )
 prompt_columns = click.option(
     "--prompt-columns", type=int,
-    help="On a GPU: tokens of a prompt that a pass feeds, by a second kernel; 0: no such kernel. Default: 16 on Hopper, else 0.",
+    help="On a GPU: tokens of a prompt that a pass of a second kernel feeds; on Hopper a third one feeds long prompts. 0: neither. "
+    "Default: 16 on Hopper, else 0.",
 )  # fmt: skip
 speculate = click.option(
     "--speculate", default="none", show_default=True,

@@ -154,6 +154,7 @@ class Scheduler:
         self.plan, self.runner = plan, runner
         self.stats = RunStats()  # of the request that ended last
         self.cached: list[list[int]] = [[] for _ in range(runner.slots)]  # tokens of each slot whose KV entries are certain
+        self._fed_by = [0] * runner.slots  # `Runner.feeder` of these
         # Of all that follows. NOTE: whoever holds it may meet a forgotten generation, which the garbage collector ends.
         self._lock = threading.RLock()
         self._free = list(range(runner.slots))  # the one that was used least recently first
@@ -257,8 +258,15 @@ class Scheduler:
         return scored
 
     def _place(self, ids: list[int]) -> tuple[int, int]:
-        """Take the free slot whose cache begins most like `ids`, or to which most can be copied: it, and how many positions are right."""
-        common = [min(common_length(cached, ids), len(ids) - 1) for cached in self.cached]  # the last token has the answer
+        """Take the free slot whose cache begins most like `ids`, or to which most can be copied: it, and how many positions are right.
+
+        What another kernel has fed is not right.
+        """
+        feeder = self.runner.feeder(len(ids))
+        common = [  # the last token has the answer
+            min(common_length(cached, ids), len(ids) - 1) if by == feeder else 0
+            for cached, by in zip(self.cached, self._fed_by, strict=True)
+        ]
         slot = max(self._free, key=lambda free: common[free])
         donor = max(range(len(common)), key=lambda other: common[other])
         start = common[slot]
@@ -267,7 +275,7 @@ class Scheduler:
             start = common[donor]
             self.runner.copy(donor, slot, start)
         self._free.remove(slot)
-        self.cached[slot] = ids[:start]
+        self.cached[slot], self._fed_by[slot] = ids[:start], feeder
         return slot, start
 
     def _lay_turns(self, active: Sequence[Request]) -> list[Turn]:
@@ -313,6 +321,7 @@ class Scheduler:
             request.outcome.put(error)
         else:
             self.cached[slot] = [] if self.plan.prompt_columns else request.ids
+            self._fed_by[slot] = 0
             request.outcome.put(scores)
 
     def _reusable(self, request: Request) -> int:

@@ -773,6 +773,29 @@ void multiply_bytes(int (&d)[4], const uint4& a, u32 b0, u32 b1) {
   const auto with_sign = [](u32 word, u32 i) { return int(std::int8_t(word >> 8 * i)); };
   multiply<4>(d, a, b0, b1, [=](u32 word, u32 i) { return kSigned ? with_sign(word, i) : int(u8(word >> 8 * i)); }, with_sign);
 }
+// NOTE: done at once, and the registers are not watched until the wait for them.
+constexpr u32 kWarpgroupColumns = 128, kHalfBytes = kWarpgroupColumns * 16;
+inline u32 load_shared(u32 a);
+template <class T, bool kFresh>
+void warpgroup_mma(float (&d)[64], const uint4& a, u32 b) {
+  if (b % 16) gpu::fail("columns at shared address %u", b);
+  const u32 lane = gpu::current->lane;
+  for (u32 n = 0; n < 16; n++) {
+    float part[4];
+    for (u32 i = 0; i < 4; i++) part[i] = kFresh ? 0 : d[4 * n + i];
+    const u32 at = b + (8 * n + lane / 4) * 16 + lane % 4 * 4;
+    mma<T>(part, a, load_shared(at), load_shared(at + kHalfBytes));
+    std::copy(part, part + 4, d + 4 * n);
+  }
+}
+template <int n>
+void fewer_registers() {}
+template <int n>
+void more_registers() {}
+inline void warpgroup_fence() {}
+inline void warpgroup_commit() {}
+template <int n>
+void warpgroup_wait() {}
 inline u32 transpose8x8(u32 v) {
   return gpu::together<u32>("movmatrix", v, [](const u32* in, u32* out) {
     const auto value = [&](u32 row, u32 column) { return in[row * 4 + column / 2] >> column % 2 * 16 & 0xffff; };
@@ -839,6 +862,17 @@ inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
   gpu::Barrier& b = gpu::barrier(*gpu::current->block, bar);
   b.bytes += bytes;
   gpu::arrive(b);
+  gpu::begin_copy(to, from, bytes, bar, 16, nullptr);
+}
+inline void barrier_expect(u32 bar, u32 bytes) {
+  gpu::Barrier& b = gpu::barrier(*gpu::current->block, bar);
+  b.bytes += bytes;
+  gpu::arrive(b);
+  gpu::change();
+}
+inline void bulk_copy_expected(u32 to, const void* from, u32 bytes, u32 bar) {
+  if (bytes == 0) gpu::fail("a copy of nothing");
+  gpu::barrier(*gpu::current->block, bar);
   gpu::begin_copy(to, from, bytes, bar, 16, nullptr);
 }
 inline void bulk_prefetch(const void* from, u32 bytes) {
@@ -909,6 +943,13 @@ inline u32 atomicCAS(u32* p, u32 expected, u32 value) {
   const u32 found = *p;
   if (found == expected) *p = value;
   gpu::machine.given_up = true;
+  gpu::wake(gpu::number_of(p));
+  return found;
+}
+inline u32 atomicAdd(u32* p, u32 v) {
+  gpu::change();
+  const u32 found = *p;
+  *p += v;
   gpu::wake(gpu::number_of(p));
   return found;
 }

@@ -131,9 +131,11 @@ class Runner(Protocol):
         Raises DeviceError where logits are not finite or no token is allowed, naming the position."""
         ...
 
-    @property
-    def feeds_apart(self) -> bool:
-        """Whether `run` leaves all of a prompt but its last token to another kernel, whose bits are its own."""
+    def feeder(self, prompt: int) -> int:
+        """Which other kernel `run` leaves all of a prompt of so many tokens to but its last one; 0: none.
+
+        Its bits are its own: one must not go on with what another has fed, or an answer would tell what was in the cache.
+        """
         ...
 
     def scores(self, index: int) -> Scores:

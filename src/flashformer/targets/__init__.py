@@ -38,6 +38,7 @@ class Target:
     columns: tuple[int, ...] = (1,)  # how many token positions a pass may carry: one of these
     usual_columns: int = 1  # of an engine that is not told otherwise,
     usual_prompt_columns: int = 0  # and of its second kernel, for prompts, where the first has one column; 0: there is none
+    prefill: bool = False  # whether a third kernel feeds long prompts, where there is a second one
     # GPU only: shared memory, roles and pacing.
     shared_bytes: int = 0  # that one thread block may use
     finisher_warps: int = 3  # 8 consumers, 3 finishers and the producer: 168 registers each

@@ -23,6 +23,7 @@ TARGET = Target(
     plain_table=True,
     columns=(1, 2, 4, 8, 16),
     usual_prompt_columns=16,
+    prefill=True,
     shared_bytes=232448,
     panel_bytes=132 << 10,
     plain_panel_bytes=64 << 10,

@@ -30,7 +30,9 @@ ALL = 0xFFFFFFFF  # more tokens than any launch makes
 class CpuRunner:
     """Implements `Runner` (backends/__init__.py) on the cores of this machine."""
 
-    feeds_apart = False
+    def feeder(self, prompt: int) -> int:
+        """See `Runner.feeder`."""
+        return 0
 
     def __init__(self, plan: Plan, checkpoint: Checkpoint, progress: Progress = no_progress) -> None:
         """See `load`."""

@@ -36,6 +36,7 @@ ROUND_TAGS = 32  # of a token: later rounds begin anew
 LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among the most likely ones: see report.cuh
 SHORTLIST = 128  # tokens that a block lists of a kind, at most: see shortlist.cuh
 SHORTLIST_WORDS = 2 * 4 * SHORTLIST  # of a block, both kinds
+OCTET = 8  # columns: see prefill.cuh
 CELL = 32  # values of all columns that are multiplied at a time: see panel.cuh
 FEW_COLUMNS = 2  # where no more than a tile of a vector follow each other: see `run`
 SECTOR = 32  # bytes: what the L2 cache keeps as one
@@ -91,10 +92,32 @@ class Params(ctypes.Structure):
     _fields_ = ctypes_fields(PARAMETERS)
 
 
+# The same of the kernel for long prompts: see prefill.cuh.
+PREFILL_PARAMETERS: tuple[Field, ...] = (
+    ("model", "Params", Params, "tape, vectors, embedding, rope, kv (of the slot), kv_blocks, forced (the tokens), start, status"),
+    ("places", "const u64*", ctypes.c_uint64, "[layers][stages][fragments, scales][tiles][parts] bytes from the beginning of the tape"),
+    ("residual", "float*", ctypes.c_uint64, "[tokens][hidden]"),
+    ("qkv", "float*", ctypes.c_uint64, "[tokens][qkv]"),
+    ("queries", "u16*", ctypes.c_uint64, "[tokens][heads][head_pad]"),
+    ("hidden", "u32*", ctypes.c_uint64, "octets of what qkv and gate_up multiply"),
+    ("attended", "u32*", ctypes.c_uint64, "octets of attention's results"),
+    ("inner", "u32*", ctypes.c_uint64, "octets of what down multiplies"),
+    ("moments", "float*", ctypes.c_uint64, "[parts][tokens] sums of squares"),
+    ("arrived", "u64*", ctypes.c_uint64, "how often blocks have come to meet the others"),
+    ("room", "u32", ctypes.c_uint32, "tokens that there is room for"),
+    ("count", "u32", ctypes.c_uint32, "tokens"),
+)
+
+
 class SequenceStruct(ctypes.Structure):
     """`Sequence` of the generated source."""
 
     _fields_ = ctypes_fields(OWN_SEQUENCE)
+
+class PrefillParams(ctypes.Structure):
+    """The argument of the kernel for long prompts, laid out as the generated struct."""
+
+    _fields_ = ctypes_fields(PREFILL_PARAMETERS)
 
 
 @dataclass(frozen=True)
@@ -406,8 +429,66 @@ def place_vectors(plan: Plan) -> Vectors:
     return Vectors(size, bias, gamma, query_norm, key_norm, total, total + round_up(plan.config.hidden_size, plan.target.tile_rows))
 
 
-def generate(plan: Plan, trace: bool = False) -> Source:
-    """The kernel's source text; `trace` adds timestamps. Raises PlanError where a plan exceeds what the kernel's number formats hold."""
+def prefill_places(plan: Plan) -> dict[str, int]:
+    """Where what `PREFILL_PARAMETERS` calls places has each linear stage of a layer, and (`""`) how many words a layer takes."""
+    found, total = {}, 0
+    for stage in plan.layer_stages(0):
+        if stage.geometry:
+            found[stage.name] = total
+            total += 2 * stage.tiles * stage.geometry.parts
+    return {**found, "": total}
+
+
+# Which of PREFILL_PARAMETERS a stage multiplies.
+PREFILL_READS = {"qkv": "hidden", "attention_output": "attended", "gate_up": "hidden", "down": "inner"}
+
+
+def prefill_octets(plan: Plan) -> dict[str, int]:
+    """Octets of columns, padding included, of the vectors that stages multiply."""
+    found: dict[str, int] = {}
+    for stage in plan.layer_stages(0):
+        if stage.geometry:
+            vector = PREFILL_READS[stage.name]
+            found[vector] = max(found.get(vector, 0), ceil_div(stage.geometry.columns, OCTET))
+    return found
+
+
+def prefill_story(plan: Plan) -> list[str]:
+    """What all blocks of the kernel for long prompts do, stage by stage. NOTE: of the last layer, only its keys and values are wanted."""
+    text = [
+        "// All tokens, as every block walks them.\nstruct Story {",
+        "  template <class Block>\n  static FF_DEVICE void run(Block& block) {",
+        "    const PrefillParams& p = block.p;",
+        "    EmbedPrefill<Model, stage::Embed>::run(block);",
+        "    if (!block.meet(stage::Embed::kWhere, 0)) return;",
+        "#pragma unroll 1\n    for (u32 layer = 0; layer < Model::kLayers; layer++) {",
+    ]
+    meet = "      if (!block.meet(stage::{}::kWhere, layer)) return;"
+    last_residual = [s.name for s in plan.layer_stages(0) if s.publish_gamma][-1]
+    moments = f"layer ? PrefillParts<stage::{camel(last_residual)}> : 1"  # in how many parts the sums of squares are
+    for s in plan.layer_stages(0):
+        name = camel(s.name)
+        if s.kind == "attention":
+            last = "      if (layer + 1 == Model::kLayers) return;"
+            text += ["      CachePrefill<Model>::run(block, layer);", last, meet.format(name)]
+            text.append("      AttentionPrefill<Model>::run(block, layer);")
+        elif s.linear:
+            x = PREFILL_READS[s.name]
+            text.append(f"      LinearPrefill<Model, stage::{name}>::run(block, layer, p.{x}, Model::k{camel(x)}Octets, {moments});")
+            if s.linear.epilogue == "residual":
+                moments = f"PrefillParts<stage::{name}>"
+        else:
+            continue
+        text.append(meet.format(name))
+    kernel = 'extern "C" __global__ void __launch_bounds__(Prefill<Model>::kThreads, 1) flashformer_prefill'
+    return [*text, "    }\n  }\n};\n", f"{kernel}(const __grid_constant__ PrefillParams p) {{", "  prefill<Model, Story>(p);\n}"]
+
+
+def generate(plan: Plan, trace: bool = False, prefill: bool = False) -> Source:
+    """The kernel's source text; `trace` adds timestamps. prefill: that of the kernel for long prompts on a plan's weights.
+
+    Raises PlanError where a plan exceeds what the kernel's number formats hold.
+    """
     c, t, kv = plan.config, plan.target, plan.kv
     places = place_buffers(plan)
     buffers, moments = places.buffers, places.moments
@@ -484,13 +565,19 @@ def generate(plan: Plan, trace: bool = False) -> Source:
         ("u32", "kStreamWhere", names.index(STREAM)),
         ("u32", "kTokenWhere", names.index("token")),
     ]
+    tape_places = prefill_places(plan) if prefill else {}
+    if prefill:
+        model.append(("u32", "kLayerPlaces", tape_places[""]))
+        model += [("u32", f"k{camel(vector)}Octets", octets) for vector, octets in prefill_octets(plan).items()]
     value = "Float16" if c.dtype == "float16" else "Bfloat16"
     text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated: the headers compute."]
     text.append('#include "prelude.cuh"\n')
     text += struct("Sampling", SAMPLING)
     text += struct("Sequence", OWN_SEQUENCE)
     text += struct("Params", PARAMETERS)
-    text.append('#include "kernel.cuh"\n')
+    if prefill:
+        text += struct("PrefillParams", PREFILL_PARAMETERS)
+    text.append('#include "attention_prefill.cuh"\n#include "linear_prefill.cuh"\n' if prefill else '#include "kernel.cuh"\n')
     text.append("struct Model {")
     text.append(f"  using Value = {value};")
     text.append(f"  using KvType = {camel(kv.type)};")
@@ -540,6 +627,10 @@ def generate(plan: Plan, trace: bool = False) -> Source:
                     ("int", "kBuffers", p.buffers),
                     ("bool", "kSlices", p.slices),
                 ]
+            if prefill and stage.layer >= 0:
+                facts += [("u32", "kTiles", stage.tiles), ("u32", "kPlaces", tape_places[stage.name])]
+                if stage.publish_gamma:
+                    facts.append(("int", "kGamma", vectors.gamma[stage.name]))
             if g.format != PLAIN:
                 text.extend(describe_format(g.format))
             text.append(f"  static constexpr Epilogue kEpilogue = Epilogue::k{stage.linear.epilogue.capitalize()};")
@@ -601,6 +692,8 @@ def generate(plan: Plan, trace: bool = False) -> Source:
     text += constants(token)
     text.append("};\n}  // namespace stage\n")
     assert combine.writes in buffers
+    if prefill:
+        return Source("\n".join([*text, *prefill_story(plan)]) + "\n", names, vectors, places.size, 0)
 
     kind = "Columns" if several else ""
     half = {b.name for b in plan.buffers if b.kind == "half"}

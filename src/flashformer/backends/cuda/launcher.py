@@ -34,6 +34,16 @@ def chunk_table(plan: Plan, tape: Tape) -> np.ndarray:
     return entries
 
 
+def gave_up(source: Source, status: np.ndarray) -> DeviceError:
+    """What a kernel's `status` says that waited too long."""
+    where = int(status[0]) - 1
+    stage = source.stage_names[where >> 16] if where >> 16 < len(source.stage_names) else "unknown"
+    return DeviceError(
+        f"the kernel waited too long and gave up: stage {stage!r}, layer {where & 0xFFFF}, block {int(status[1])}; "
+        "please report this with the model's configuration"
+    )
+
+
 class Launcher:
     """What a runner's kernels have in common. `context`, `plan` and `source` come first, then `function` and `params`."""
 
@@ -80,14 +90,9 @@ class Launcher:
         status = self.context.download(self.status, np.zeros(2, np.uint32), "status")
         if not status[0]:
             return
-        where = int(status[0]) - 1
         self.context.driver.cuMemsetD8(self.status, 0, 8)
         self._clear_exchange()
-        stage = self.source.stage_names[where >> 16] if where >> 16 < len(self.source.stage_names) else "unknown"
-        raise DeviceError(
-            f"the kernel waited too long and gave up: stage {stage!r}, layer {where & 0xFFFF}, block {int(status[1])}; "
-            "please report this with the model's configuration"
-        )
+        raise gave_up(self.source, status)
 
     def seconds(self, launch: Callable[[], None]) -> float:
         """Seconds on the device for one launch (benchmarks)."""

@@ -215,6 +215,19 @@ FF_DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
       : "memory");
 #endif
 }
+// The same in two steps: so many bytes are to come, then copies of what others will read, too.
+FF_DEVICE void barrier_expect(u32 bar, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+#endif
+}
+FF_DEVICE void bulk_copy_expected(u32 to, const void* from, u32 bytes, u32 bar) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(bar)
+      : "memory");
+#endif
+}
 FF_DEVICE void bulk_prefetch(const void* from, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -241,6 +254,77 @@ FF_DEVICE void async_arrive(u32 bar) {
 FF_DEVICE void fence_copy_engine() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+
+// ---- a warpgroup's products: four warps, 64 rows of A in their registers, 128 columns of B in shared memory ----
+//
+// d += a (64 x 16) * b (16 x 128), asynchronously: registers of a and d must be left alone until `warpgroup_wait`. Of warp w lane (g, t) holds a
+// as in `mma`, of rows 16 w to 16 w + 15, and d[4 n..] as in `mma`, of columns 8 n to 8 n + 7. b, in shared memory: of each column k 0 to 7, which
+// are 16 bytes, and kHalfBytes further k 8 to 15. kFresh: d = a * b.
+
+constexpr u32 kWarpgroupColumns = 128, kHalfBytes = kWarpgroupColumns * 16;
+
+#if __CUDA_ARCH_FEAT_SM90_ALL
+#define FF_WARPGROUP_MMA(type, sums, add) \
+  asm volatile( \
+      "{.reg .pred p;\nsetp.ne.u32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63" \
+      "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}" \
+      : sums(d[0]), sums(d[1]), sums(d[2]), sums(d[3]), sums(d[4]), sums(d[5]), sums(d[6]), sums(d[7]), \
+    sums(d[8]), sums(d[9]), sums(d[10]), sums(d[11]), sums(d[12]), sums(d[13]), sums(d[14]), sums(d[15]), \
+    sums(d[16]), sums(d[17]), sums(d[18]), sums(d[19]), sums(d[20]), sums(d[21]), sums(d[22]), sums(d[23]), \
+    sums(d[24]), sums(d[25]), sums(d[26]), sums(d[27]), sums(d[28]), sums(d[29]), sums(d[30]), sums(d[31]), \
+    sums(d[32]), sums(d[33]), sums(d[34]), sums(d[35]), sums(d[36]), sums(d[37]), sums(d[38]), sums(d[39]), \
+    sums(d[40]), sums(d[41]), sums(d[42]), sums(d[43]), sums(d[44]), sums(d[45]), sums(d[46]), sums(d[47]), \
+    sums(d[48]), sums(d[49]), sums(d[50]), sums(d[51]), sums(d[52]), sums(d[53]), sums(d[54]), sums(d[55]), \
+    sums(d[56]), sums(d[57]), sums(d[58]), sums(d[59]), sums(d[60]), sums(d[61]), sums(d[62]), sums(d[63]) \
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(where))
+#endif
+
+template <class T, bool kFresh>
+FF_DEVICE void warpgroup_mma(float (&d)[64], const uint4& a, u32 b) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  // A descriptor without swizzle: from one row of 8 x 8 values to the next 128 bytes, from one half of k to the other kHalfBytes.
+  const u64 where = (u64)(128 >> 4) << 32 | (u64)(kHalfBytes >> 4) << 16 | (b & 0x3ffff) >> 4;
+  // NOTE: fresh sums are no input, or what was in their place would be kept until here.
+  if constexpr (T::kIsHalf && kFresh) FF_WARPGROUP_MMA("f16", "=f", "0");
+  else if constexpr (T::kIsHalf) FF_WARPGROUP_MMA("f16", "+f", "1");
+  else if constexpr (kFresh) FF_WARPGROUP_MMA("bf16", "=f", "0");
+  else FF_WARPGROUP_MMA("bf16", "+f", "1");
+#endif
+}
+// A warpgroup's threads give registers back, or take what others have given back.
+template <int n>
+FF_DEVICE void fewer_registers() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
+#endif
+}
+template <int n>
+FF_DEVICE void more_registers() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
+#endif
+}
+// Before the first `warpgroup_mma` after registers that it uses were written.
+FF_DEVICE void warpgroup_fence() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+FF_DEVICE void warpgroup_commit() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int n>
+FF_DEVICE void warpgroup_wait() {  // until no more than the last n groups are under way
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 #endif
 }
 

@@ -25,6 +25,7 @@ from ...plan import BLOCK_POSITIONS, Plan
 from ...tape import Tape, lay_tapes
 from .. import GREEDY, Made, Progress, RunStats, Turn, generate_alone, no_progress
 from ..sampling import NOTHING, REPORT_WORDS, Flag, Sampling, SamplingStruct, Scores, await_report, checked_token
+from . import prefill
 from .codegen import TILE_BITS, Params, Source, generate, threads
 from .columns import MAX_STOP, MOST_SEQUENCES, Columns
 from .compile import Kernel, compile_source
@@ -32,7 +33,7 @@ from .driver import Context, DeviceInfo, check, probe
 from .launcher import Launcher, chunk_table
 from .pack import KINDS, THREADS, Packer, Weights, gather_vectors, pack_words
 from .prompts import PromptKernel, prompt_plan
-from .turns import run_turns
+from .turns import PIECE, run_turns
 
 LOGIT_ROWS = 64  # positions of a launch that returns logits
 POISON = 0xFF  # outputs hold NaN until the kernel has written them
@@ -78,8 +79,10 @@ class CudaRunner(Launcher):
         progress("compiling", 0, 1)
         prompts = prompt_plan(plan) if plan.prompt_columns else None
         prompt_source = generate(prompts) if prompts else None
+        prefill_source = generate(plan, prefill=True) if prefill.possible(plan) else None
         with ThreadPoolExecutor() as pool:  # the compiler runs in as many threads as there are sources
             prompt_kernel = pool.submit(compile_source, prompt_source.text, plan.target) if prompt_source else None
+            prefill_kernel = pool.submit(compile_source, prefill_source.text, plan.target) if prefill_source else None
             tools = pool.submit(compile_source, '#include "code_tools.cuh"\n', plan.target, "cuda-tools")
             self.kernel: Kernel = compile_source(self.source.text, plan.target)
         progress("compiling", 1, 1)
@@ -91,6 +94,9 @@ class CudaRunner(Launcher):
             self.prompts: PromptKernel | None = None
             if prompts and prompt_source and prompt_kernel:
                 self.prompts = PromptKernel(self, prompts, tape, prompt_source, prompt_kernel.result())
+            self.prefill: prefill.Prefill | None = None
+            if prefill_source and prefill_kernel:
+                self.prefill = prefill.Prefill(self, tape, prefill_source, prefill_kernel.result())
         except BaseException:
             self.context.close()
             raise
@@ -101,7 +107,7 @@ class CudaRunner(Launcher):
         tape: Tape = lay_tapes(plan)
         embedding_bytes = plan.embedding_bytes() + 2  # the kernels convert two values at a time
         kv_bytes = plan.kv_bytes()
-        needed = tape.nbytes + embedding_bytes + kv_bytes + (256 << 20)
+        needed = tape.nbytes + embedding_bytes + kv_bytes + prefill.memory(plan) + (256 << 20)
         free = context.free_bytes()
         if needed > free:
             raise DeviceError(
@@ -278,13 +284,22 @@ class CudaRunner(Launcher):
         return self.many.run(turns) if self.many else run_turns(self, turns)
 
     @property
-    def feeds_apart(self) -> bool:
-        """See `Runner.feeds_apart`."""
-        return self.prompts is not None
+    def piece(self) -> int:
+        """See `OneColumn.piece`."""
+        return self.prefill.room if self.prefill else PIECE
 
-    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
+    def feeder(self, prompt: int) -> int:
+        """See `Runner.feeder`: 1 is the kernel of several columns, 2 that for long prompts."""
+        if self.prefill and prompt > prefill.LEAST:
+            return 2
+        return 1 if self.prompts else 0
+
+    def feed(self, tokens: Sequence[int], start: int, slot: int, prompt: int) -> None:
         """See `OneColumn.feed`."""
-        if self.prompts:
+        feeder = self.feeder(prompt)
+        if feeder == 2 and self.prefill:
+            return self.prefill.feed(tokens, start, slot)
+        if feeder == 1 and self.prompts:
             return self.prompts.feed(tokens, start, slot)
         with self.in_slot(slot):
             for _ in self.generate(tokens, start, 1, ()):

@@ -17,14 +17,19 @@ from ..sampling import Sampling
 from ..sequence import check_slots
 
 QUANTUM = 16  # tokens that a turn makes while others wait
-PIECE = 256  # tokens of a prompt that one launch is fed: what a cancelled turn may have to compute again
+PIECE = 256  # `OneColumn.piece` of a kernel that feeds few tokens a pass
 
 
 class OneColumn(Runner, Protocol):
     """What `run_turns` needs of a runner."""
 
-    def feed(self, tokens: Sequence[int], start: int, slot: int) -> None:
-        """Compute what the KV cache of a slot holds of `tokens` at positions start..."""
+    @property
+    def piece(self) -> int:
+        """Tokens of a prompt that it is fed at a time: what a cancelled turn may have to compute again."""
+        ...
+
+    def feed(self, tokens: Sequence[int], start: int, slot: int, prompt: int) -> None:
+        """Compute what the KV cache of a slot holds of `tokens` at positions start..., of a prompt of so many tokens."""
         ...
 
     def in_slot(self, slot: int) -> AbstractContextManager[None]:
@@ -75,9 +80,9 @@ def _some(runner: OneColumn, one: _Sequence, began: float, most: int) -> Generat
     """A launch of one turn; whether it goes on."""
     turn, length = one.turn, len(one.turn.tokens)
     # NOTE: a kernel for prompts feeds all tokens but the last, however few they are, so that no bit depends on who else there is.
-    if length - turn.fed > (1 if runner.feeds_apart else PIECE):
-        piece = turn.tokens[turn.fed : min(turn.fed + PIECE, length - 1)]
-        runner.feed(piece, turn.start + turn.fed, turn.slot)
+    if length - turn.fed > (1 if runner.feeder(turn.start + length) else runner.piece):
+        piece = turn.tokens[turn.fed : min(turn.fed + runner.piece, length - 1)]
+        runner.feed(piece, turn.start + turn.fed, turn.slot, turn.start + length)
         turn.fed += len(piece)
         return True
     with runner.in_slot(turn.slot):
