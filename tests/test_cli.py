@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
-from flashformer import __version__
+import flashformer
+from flashformer import SamplingParams, __version__
 from flashformer.cli import main
+from flashformer.terminal import describe_stats
 from model_files import make_config, write_folder
 
 
@@ -48,6 +50,13 @@ def test_generate(folder: Path) -> None:
     assert again.exit_code == 0 and again.stdout == result.stdout
     raw = run("generate", folder, "-p", "Hello", "--device", "cpu", "--max-tokens", "12", "--raw")
     assert raw.exit_code == 0
+
+
+def test_no_speed_of_an_answer_that_was_there_at_the_first_look(folder: Path) -> None:
+    with flashformer.load(folder, "cpu") as engine:
+        list(engine.generate("Hello", SamplingParams(max_tokens=3, ignore_eos=True)))
+        engine.stats.generated_tokens, engine.stats.generate_seconds = 3, 0.0
+        assert "too few tokens" in describe_stats(engine)
 
 
 def test_generate_samples(folder: Path) -> None:

@@ -155,7 +155,8 @@ def test_stops_and_early_ends(tmp_path: Path) -> None:
         assert next(tokens) == answer[0]
         tokens.close()
         assert list(runner.generate([5, 6], 0, 20, ())) == answer
-        assert runner.stats.generated_tokens == 20 and runner.stats.bytes_read > 0 and runner.stats.generate_seconds > 0
+        assert runner.stats.generated_tokens == 20 and runner.stats.bytes_read > 0
+        assert runner.stats.prompt_seconds > 0 and runner.stats.generate_seconds >= 0  # all may be there at the first look
 
 
 def test_tags_wrap(tmp_path: Path) -> None:

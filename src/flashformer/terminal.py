@@ -26,7 +26,7 @@ def describe_stats(engine: Engine) -> str:
     s = engine.stats
     reused = f", {s.reused_tokens} of them reused" if s.reused_tokens else ""
     prompt = f"prompt: {s.reused_tokens + s.prompt_tokens} tokens{reused}, first token after {s.prompt_seconds * 1e3:.1f} ms"
-    if s.generated_tokens < 2:
+    if s.generated_tokens < 2 or not s.generate_seconds:  # NOTE: the host may find all tokens at its first look
         return f"{prompt}\ntoo few tokens were made to measure a speed"
     ceiling = engine.runner.read_bandwidth()
     rate = s.bytes_read / s.generate_seconds / 1e9
