@@ -11,7 +11,7 @@ from typing import Any
 from flashformer.errors import FlashFormerError
 from flashformer.geometry import ceil_div
 from flashformer.plots import COLOURS, INK, figure, require
-from flashformer.records import Record, load_records
+from flashformer.records import Record, load_records, newest
 
 ROOT = Path(__file__).parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -40,7 +40,8 @@ def draw(axes: Any, records: Sequence[Record], x: Callable[[Record], float], rea
     """One line for each who was measured, over `x`."""
     label, value = READINGS[reading]
     for name, shade in colour.items():
-        points = [(x(r), value(r, times(r)[name])) for r in records if name in times(r)]
+        measured = newest([r for r in records if name in times(r)])
+        points = [(x(r), value(r, times(r)[name])) for r in measured]
         if points:
             width = 2.2 if name == OURS else 1.3
             axes.plot(*zip(*points, strict=True), color=shade, lw=width, marker="o", ms=4, label=name)
@@ -95,7 +96,7 @@ def by_context(records: Sequence[Record], path: Path) -> None:
 
 def by_format(records: Sequence[Record], path: Path) -> None:
     """Speed by format of the weights, all models at one context that were measured in several; what the floor allows is drawn pale."""
-    here = sorted((r for r in records if r.context == SIZE_AT), key=lambda r: -r.bytes_per_token)
+    here = sorted((r for r in newest(records) if r.context == SIZE_AT), key=lambda r: -r.bytes_per_token)
     size = {r.model: r.bytes_per_token for r in here if not r.plain}  # of the smallest format
     if not size:
         return

@@ -14,7 +14,7 @@ from ablation import Ablation
 from cliffs import MOST_STEP, Cliff
 from losses import Losses
 
-from flashformer.records import Kept, Record, load_records
+from flashformer.records import Kept, Record, load_records, newest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,7 +35,8 @@ def _section(gpu: str, weights: str, records: list[Record]) -> Iterator[str]:
     """Lines about one GPU and one format."""
     models = sorted({r.model for r in records}, key=lambda m: min(r.bytes_per_token for r in records if r.model == m))
     contexts = sorted({r.context for r in records})
-    known = {(r.model, r.context): r for r in records}
+    known = {(r.model, r.context): r for r in newest(records)}
+    compared = {r.model: r for r in records if r.context == COMPARED_AT and r.baselines}
     yield f"{gpu}, {weights}, batch 1, greedy, {_dates(records)}: tokens/s, and bytes read as a share of the read ceiling, by context:"
     yield ""
     yield f"| model | {' | '.join(f'{c:,}' for c in contexts)} |"
@@ -44,7 +45,7 @@ def _section(gpu: str, weights: str, records: list[Record]) -> Iterator[str]:
         cells = [f"{1e3 / r.ms:,.0f} ({r.fraction_of_ceiling:.1%})" if (r := known.get((model, c))) else "" for c in contexts]
         yield f"| {model} | {' | '.join(cells)} |"
     yield ""
-    names = list(dict.fromkeys(n for r in records if r.context == COMPARED_AT for n in r.baselines))
+    names = list(dict.fromkeys(n for r in compared.values() for n in r.baselines))
     if not names:
         return
     yield f"Beside others in the same process, ms per token at {COMPARED_AT:,} positions, and how many times as fast ours is:"
@@ -52,7 +53,7 @@ def _section(gpu: str, weights: str, records: list[Record]) -> Iterator[str]:
     yield f"| model | FlashFormer | {' | '.join(names)} |"
     yield "|---" * (len(names) + 2) + "|"
     for model in models:
-        if r := known.get((model, COMPARED_AT)):
+        if r := compared.get(model):
             others = [f"{r.baselines[n]:.3f} ({r.baselines[n] / r.ms:.2f}x)" if n in r.baselines else "" for n in names]
             yield f"| {model} | {r.ms:.3f} | {' | '.join(others)} |"
     yield ""
@@ -68,31 +69,33 @@ def formats_tables(records: Sequence[Record]) -> str:
 
 def _formats(gpu: str, records: list[Record]) -> Iterator[str]:
     """Lines about one GPU: models by size, contexts in order, the format with the most bytes first."""
-    plain = {(r.model, r.context): r for r in records if r.weights == "bf16"}
-    shown = [r for r in records if not r.plain]
+    plain = {(r.model, r.context): r for r in newest(records) if r.weights == "bf16"}
+    compared = {r.of: r for r in records if r.baselines}
+    shown = [r for r in newest(records) if not r.plain]
     if not shown:
         return
     size = {r.model: r.bytes_per_token for r in shown}  # of the smallest format: the records come by bytes
     shown.sort(key=lambda r: (size[r.model], r.model, r.context))
-    names = list(dict.fromkeys(n for r in shown for n in r.baselines))
+    names = list(dict.fromkeys(n for r in shown if r.of in compared for n in compared[r.of].baselines))
     yield f"{gpu}, batch 1, greedy, {_dates(shown)}:"
     yield ""
     yield f"| model | weights | context | ms per token | tokens/s | of the ceiling | {' | '.join(['beside bf16', *names])} |"
     yield "|---" * (7 + len(names)) + "|"
     for r in shown:
         others = [f"{p.ms / r.ms:.2f}x" if (p := plain.get((r.model, r.context))) else ""]
-        others += [f"{r.baselines[n] / r.ms:.2f}x" if n in r.baselines else "" for n in names]
+        beside = compared.get(r.of, r)
+        others += [f"{beside.baselines[n] / beside.ms:.2f}x" if n in beside.baselines else "" for n in names]
         row = (r.model, r.weights, f"{r.context:,}", f"{r.ms:.3f}", f"{1e3 / r.ms:,.0f}", f"{r.fraction_of_ceiling:.1%}", *others)
         yield f"| {' | '.join(row)} |"
     yield ""
     if names:
-        yield _versions(shown, names)
+        yield _versions([r for r in records if not r.plain], names)
         yield ""
 
 
 def first_tokens(records: Sequence[Record]) -> str:
     """How long prompts take until their first token, as Markdown, for each GPU: by model, weights and length."""
-    timed = sorted((r for r in records if r.first_token_ms is not None), key=lambda r: (r.gpu, r.bytes_per_token, r.context))
+    timed = sorted((r for r in newest(records) if r.first_token_ms is not None), key=lambda r: (r.gpu, r.bytes_per_token, r.context))
     return "".join(line + "\n" for gpu, group in groupby(timed, key=lambda r: r.gpu) for line in _first_tokens(gpu, [*group]))
 
 

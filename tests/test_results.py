@@ -19,7 +19,7 @@ from flashformer.errors import ConfigError, InputError
 from flashformer.formats import NAMED
 from flashformer.models import build_graph
 from flashformer.plan import make_plan
-from flashformer.records import Record, load_records, save
+from flashformer.records import Record, load_records, newest, save
 from flashformer.shapes import SHAPES, shape
 from flashformer.targets import get
 
@@ -114,6 +114,21 @@ def test_the_table(records: list[Record]) -> None:
     assert rows == ["model", "llama-3.2-1b", "llama-3.1-8b", "qwen3-14b"] * 2 + ["model", "qwen3-14b"]  # by size
     assert "| llama-3.1-8b | 4.026 | 8.051 (2.00x) | 8.051 (2.00x) |" in lines
     assert "torch.compile: torch.compile 1.0; vllm: vllm 1.0." in lines
+
+
+def test_what_was_measured_beside_others_stays(records: list[Record], tmp_path: Path) -> None:
+    """A newer measurement of ours alone is the one that is shown, but for the comparison, which is of one process."""
+    path, compared = tmp_path / "decode.json", records[4]  # llama-3.2-1b at 1,024
+    alone = replace(compared, ms_per_token={"min": 0.5, "median": 0.5, "max": 0.5}, baselines={}, baseline_versions={}, first_token_ms=7.0)
+    save(records, path)
+    save([alone], path)
+    kept = load_records(path, Record)
+    assert kept == [*records, alone] and newest(kept) == [*records[:4], alone, *records[5:]]
+    lines = script("table").tables(kept).splitlines()
+    assert "| llama-3.2-1b | 997 (100.0%) | 2,000 (100.0%) | 571 (100.0%) |" in lines
+    assert f"| llama-3.2-1b | {compared.ms:.3f} | {2 * compared.ms:.3f} (2.00x) | {2 * compared.ms:.3f} (2.00x) |" in lines
+    save([replace(compared, date="2026-02-01")], path)
+    assert [r.date for r in load_records(path, Record) if r.of == compared.of] == [alone.date, "2026-02-01"]
 
 
 def test_the_table_of_first_tokens(records: list[Record]) -> None:

@@ -80,9 +80,19 @@ class Record(Kept):
         return self.weights in PLAIN.values()
 
     @property
-    def key(self) -> tuple[object, ...]:
-        """See `Kept`."""
+    def of(self) -> tuple[object, ...]:
+        """What was decoded."""
         return self.gpu, self.model, self.weights, self.batch, self.context
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See `Kept`. What was measured beside others stays, until it is measured beside others again."""
+        return *self.of, bool(self.baselines)
+
+
+def newest(records: Sequence[Record]) -> list[Record]:
+    """The last one of each that was decoded."""
+    return [*{r.of: r for r in records}.values()]
 
 
 def save(records: Sequence[R], path: Path) -> None:
