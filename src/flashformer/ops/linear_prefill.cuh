@@ -308,7 +308,7 @@ struct StackedPrefill {
   }
   // What the sums of a row are multiplied by.
   static FF_DEVICE float row_factor(const PrefillBlock<M, false>& b, u32 layer, u32 tile, u32 row) {
-    if constexpr (Unit::kRowBytes == 0) {
+    if constexpr (!Unit::kRowScaled) {
       return Unit::kFactor;
     } else {
       using Scale = typename S::Format::Scale;

@@ -7,8 +7,8 @@
 // What a lane makes operands of: a row of each of its two tiles.
 template <class M, class S, bool kCoded = S::kCoded>
 struct PrefillUnit {  // plain weights: a fragment
-  static constexpr bool kGrouped = false;  // whether groups of columns have scales
-  static constexpr int kBytes = 512, kScaleBytes = 0, kRowBytes = 0, kTerms = 1, kSteps = 2, kGroupSteps = kSteps;
+  static constexpr bool kGrouped = false, kRowScaled = false;  // whether groups of columns have scales; whole rows, or divisors
+  static constexpr int kBytes = 512, kScaleBytes = 0, kTerms = 1, kSteps = 2, kGroupSteps = kSteps;
   static constexpr float kFactor = 1;
   uint4 w[2];
 
@@ -31,12 +31,10 @@ struct PrefillUnit<M, S, true> {  // codes: a slice
   using Scale = typename F::Scale;
   using Values = CodeValues<T, F>;
   using Place = ScalePlace<S, 1, false>;
-  static constexpr bool kGrouped = F::kGroup != 0, kZeros = F::kOffset == Offset::kZero;
+  static constexpr bool kGrouped = F::kGroup != 0, kRowScaled = !kGrouped || Scale::kDivided, kZeros = F::kOffset == Offset::kZero;
   static_assert(F::kOffset == Offset::kNone || (kZeros && kGrouped), "these have no prefill");
   static constexpr int kBytes = Place::kSliceBytes, kScaleBytes = Place::kSliceStep, kTerms = Values::kTerms, kSteps = 8;
   static constexpr int kGroupSteps = kGrouped ? F::kGroup / 16 : kSteps;
-  // What comes once for the rows of a tile, with its last part: their only scales, or what all scales are divided by.
-  static constexpr int kRowBytes = Scale::kDivided ? 32 : kGrouped ? 0 : Place::kGroupBytes;
   static constexpr float kFactor = Values::kFactor;
   static constexpr int kLoads = F::Code::kBits / 4;
   uint4 raw[2][kLoads];

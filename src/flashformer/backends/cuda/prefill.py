@@ -89,7 +89,6 @@ class Prefill:
         context.allow_shared(self.function, plan.target.shared_bytes)
         self.room = room(plan)
         self.status, self.arrived = (context.allocate(8, "status", fill=0) for _ in range(2))
-
         self.params = PrefillParams(
             places=context.upload(places(plan, tape), "places of weights"), arrived=self.arrived, room=self.room,
             **{name: context.allocate(self.room * nbytes, "a prompt's vectors", fill=0) for name, nbytes in token_bytes(plan).items()},
