@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 
 import flashformer
 from flashformer.backends.cuda import load as load_runner
-from flashformer.backends.cuda.prefill import LEAST
+from flashformer.backends.cuda import runner as runners
+from flashformer.backends.cuda.prefill import LEAST, Prefill, possible
 from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.check import compare, sample_tokens
 from flashformer.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from flashformer.models import build_graph
 from flashformer.plan import KvType, make_plan
 from flashformer.reference import Reference
 from flashformer.sampling import SamplingParams
+from flashformer.tape import lay_tapes
 from flashformer.targets import Target
 from quant_models import FORMS
 from running import assert_near
@@ -66,12 +68,15 @@ SUITED = [name for name in FORMS if name not in UNSUITED]
 def running(
     checkpoint: Checkpoint, target: Target, context: int, kv: KvType = "native", quantised: bool = False
 ) -> Iterator[tuple[CudaRunner, Reference]]:
-    """A runner with the kernel, and what judges it."""
+    """A runner with the kernel, without the one of several columns that there would be, too; and what judges it."""
     graph = build_graph(checkpoint.config)
     formats = choose(checkpoint, graph.weights()) if quantised else None
     plan = make_plan(checkpoint.config, graph, target, context, formats=formats, kv_type=kv, slots=2, prompt_columns=2)
-    runner = load_runner(plan, checkpoint)
+    assert possible(plan)
+    runner = load_runner(replace(plan, prompt_columns=0), checkpoint)
     try:
+        source = runners.generate(plan, prefill=True)
+        runner.prefill = Prefill(runner, lay_tapes(plan), source, runners.compile_source(source.text, plan.target))
         yield runner, Reference(graph, checkpoint)
     finally:
         runner.close()
