@@ -156,7 +156,9 @@ def test_stops_and_early_ends(tmp_path: Path) -> None:
         tokens.close()
         assert list(runner.generate([5, 6], 0, 20, ())) == answer
         assert runner.stats.generated_tokens == 20 and runner.stats.bytes_read > 0
-        assert runner.stats.prompt_seconds > 0 and runner.stats.generate_seconds >= 0  # all may be there at the first look
+        assert runner.stats.prompt_seconds > 0
+        # NOTE: the host may find all tokens at its first look, if it is late: then there is no time between the first and the last.
+        assert any(list(runner.generate([5, 6], 0, 20, ())) == answer and runner.stats.generate_seconds > 0 for _ in range(20))
 
 
 def test_tags_wrap(tmp_path: Path) -> None:

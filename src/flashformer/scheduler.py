@@ -321,7 +321,6 @@ class Scheduler:
             request.outcome.put(error)
         else:
             self.cached[slot] = [] if self.plan.prompt_columns else request.ids
-            self._fed_by[slot] = 0
             request.outcome.put(scores)
 
     def _reusable(self, request: Request) -> int:

@@ -141,6 +141,12 @@ def scale_offsets(plan: Plan, tape: Tape, index: int) -> np.ndarray:
     return _offsets(plan, tape, index)[1]
 
 
+def all_offsets(plan: Plan, tape: Tape) -> list[np.ndarray]:
+    """Those of the tiles and those of the scales of each linear stage, in turn, each flat."""
+    linear = [index for index, stage in enumerate(plan.stages) if stage.geometry]
+    return [offsets.reshape(-1) for index in linear for offsets in _offsets(plan, tape, index)]
+
+
 def _offsets(plan: Plan, tape: Tape, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the fragments and of the scales of each tile in each chunk."""
     stage = plan.stages[index]

@@ -857,13 +857,6 @@ inline bool barrier_try(u32 bar, u32 parity) { return barrier_test(bar, parity);
 
 // ---- copies into shared memory ----
 
-inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
-  if (bytes == 0) gpu::fail("a copy of nothing");
-  gpu::Barrier& b = gpu::barrier(*gpu::current->block, bar);
-  b.bytes += bytes;
-  gpu::arrive(b);
-  gpu::begin_copy(to, from, bytes, bar, 16, nullptr);
-}
 inline void barrier_expect(u32 bar, u32 bytes) {
   gpu::Barrier& b = gpu::barrier(*gpu::current->block, bar);
   b.bytes += bytes;
@@ -874,6 +867,10 @@ inline void bulk_copy_expected(u32 to, const void* from, u32 bytes, u32 bar) {
   if (bytes == 0) gpu::fail("a copy of nothing");
   gpu::barrier(*gpu::current->block, bar);
   gpu::begin_copy(to, from, bytes, bar, 16, nullptr);
+}
+inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
+  barrier_expect(bar, bytes);
+  bulk_copy_expected(to, from, bytes, bar);
 }
 inline void bulk_prefetch(const void* from, u32 bytes) {
   if (u64(from) % 16 || bytes % 16) gpu::fail("a prefetch of %u bytes from %p: not a multiple of 16", bytes, from);

@@ -243,6 +243,41 @@ struct HeadPiece {
     if (c.lane == 0) Kv::template put_scale<kIsValue>(block, position & 15, scale);
   }
 
+  // Scores of a lane's query i at two positions, of which `low` and `high` are seen, become weights relative to the largest so far; what was summed
+  // before them is brought to the same reference. raise: logarithms of the scales of the values.
+  static FF_DEVICE void weigh(
+      float (&s)[4], int i, bool low, bool high, const float2& scale, const float2& raise, float (&top)[2], float (&sum)[2],
+      float (&out)[kSteps][4]) {
+    s[i] = low ? s[i] * scale.x : kNever;
+    s[i + 2] = high ? s[i + 2] * scale.y : kNever;
+    float weight[2] = {s[i], s[i + 2]};  // logarithms, with the scales of the values
+    if constexpr (Kv::kScaled) {
+      weight[0] = low ? s[i] + raise.x : kNever;
+      weight[1] = high ? s[i + 2] + raise.y : kNever;
+    }
+    float most = fmaxf(weight[0], weight[1]);
+#pragma unroll
+    for (int o = 16; o >= 4; o >>= 1) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, o));
+    most = fmaxf(most, top[i]);
+    const float shrink = exp2_approx(top[i] - most);
+    top[i] = most;
+    weight[0] = low ? exp2_approx(weight[0] - most) : 0;
+    weight[1] = high ? exp2_approx(weight[1] - most) : 0;
+    float plain[2] = {weight[0], weight[1]};  // without those scales
+    if constexpr (Kv::kScaled) {
+      plain[0] = low ? exp2_approx(s[i] - most) : 0;
+      plain[1] = high ? exp2_approx(s[i + 2] - most) : 0;
+    }
+    sum[i] = sum[i] * shrink + (plain[0] + plain[1]);
+    s[i] = weight[0];
+    s[i + 2] = weight[1];
+#pragma unroll
+    for (int j = 0; j < kSteps; j++) {
+      out[j][i] *= shrink;
+      out[j][i + 2] *= shrink;
+    }
+  }
+
   // Blocks first..first + count of a head: each warp its own, with a softmax of its own, ending in shared memory. `position`: of the first
   // of `members` neighbours. NOTE: a value that is no number shows in the neighbours in front of it, too.
   static FF_DEVICE void attend(Consumer<M>& c, float (&out)[kSteps][4], u32 first, u32 count, u32 position, u32 members) {
@@ -279,34 +314,7 @@ struct HeadPiece {
         for (int i = 0; i < 2; i++) {  // this lane's queries 2t and 2t + 1
           const u32 own = position + neighbour(2 * t + i);
           const bool low = p < own, high = p + 8 < own;
-          s[i] = low ? s[i] * scale.x : kNever;
-          s[i + 2] = high ? s[i + 2] * scale.y : kNever;
-          float weight[2] = {s[i], s[i + 2]};  // logarithms, with the scales of the values
-          if constexpr (Kv::kScaled) {
-            weight[0] = low ? s[i] + raise.x : kNever;
-            weight[1] = high ? s[i + 2] + raise.y : kNever;
-          }
-          float most = fmaxf(weight[0], weight[1]);
-#pragma unroll
-          for (int o = 16; o >= 4; o >>= 1) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, o));
-          most = fmaxf(most, top[i]);
-          const float shrink = exp2_approx(top[i] - most);
-          top[i] = most;
-          weight[0] = low ? exp2_approx(weight[0] - most) : 0;
-          weight[1] = high ? exp2_approx(weight[1] - most) : 0;
-          float plain[2] = {weight[0], weight[1]};  // without those scales
-          if constexpr (Kv::kScaled) {
-            plain[0] = low ? exp2_approx(s[i] - most) : 0;
-            plain[1] = high ? exp2_approx(s[i + 2] - most) : 0;
-          }
-          sum[i] = sum[i] * shrink + (plain[0] + plain[1]);
-          s[i] = weight[0];
-          s[i + 2] = weight[1];
-#pragma unroll
-          for (int j = 0; j < kSteps; j++) {
-            out[j][i] *= shrink;
-            out[j][i + 2] *= shrink;
-          }
+          weigh(s, i, low, high, scale, raise, top, sum, out);
         }
         const u32 b0 = transpose8x8(T::pack(s[0], s[1])), b1 = transpose8x8(T::pack(s[2], s[3]));
         const u32 at_value = (first + done + b) * 16 + 2 * t;

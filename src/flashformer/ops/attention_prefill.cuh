@@ -188,35 +188,7 @@ struct AttentionPrefill {
       for (int i = 0; i < 2; i++) {  // this lane's queries 2 t and 2 t + 1
         const u32 of = own + n / kHeads * 8 + 2 * t + i;
         const bool low = position + g <= of, high = position + g + 8 <= of;
-        float &a = s[n][i], &c = s[n][i + 2];
-        a = low ? a * scale.x : Piece::kNever;
-        c = high ? c * scale.y : Piece::kNever;
-        float weight[2] = {a, c};  // logarithms, with the scales of the values
-        if constexpr (Kv::kScaled) {
-          weight[0] = low ? a + raise.x : Piece::kNever;
-          weight[1] = high ? c + raise.y : Piece::kNever;
-        }
-        float most = fmaxf(weight[0], weight[1]);
-#pragma unroll
-        for (int o = 16; o >= 4; o >>= 1) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, o));
-        most = fmaxf(most, top[n][i]);
-        const float shrink = exp2_approx(top[n][i] - most);
-        top[n][i] = most;
-        weight[0] = low ? exp2_approx(weight[0] - most) : 0;
-        weight[1] = high ? exp2_approx(weight[1] - most) : 0;
-        float plain[2] = {weight[0], weight[1]};  // without those scales
-        if constexpr (Kv::kScaled) {
-          plain[0] = low ? exp2_approx(a - most) : 0;
-          plain[1] = high ? exp2_approx(c - most) : 0;
-        }
-        sum[n][i] = fmaf(sum[n][i], shrink, plain[0] + plain[1]);
-        a = weight[0];
-        c = weight[1];
-#pragma unroll
-        for (int j = 0; j < kSteps; j++) {
-          out[n][j][i] *= shrink;
-          out[n][j][i + 2] *= shrink;
-        }
+        Piece::weigh(s[n], i, low, high, scale, raise, top[n], sum[n], out[n]);
       }
       weights[n][0] = transpose8x8(T::pack(s[n][0], s[n][1]));
       weights[n][1] = transpose8x8(T::pack(s[n][2], s[n][3]));

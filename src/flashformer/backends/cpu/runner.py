@@ -30,10 +30,6 @@ ALL = 0xFFFFFFFF  # more tokens than any launch makes
 class CpuRunner:
     """Implements `Runner` (backends/__init__.py) on the cores of this machine."""
 
-    def feeder(self, prompt: int) -> int:
-        """See `Runner.feeder`."""
-        return 0
-
     def __init__(self, plan: Plan, checkpoint: Checkpoint, progress: Progress = no_progress) -> None:
         """See `load`."""
         self.plan = plan
@@ -80,6 +76,10 @@ class CpuRunner:
     ) -> Generator[int, None, None]:
         """See `Runner.generate`."""
         return generate_alone(self, self.plan, Turn(0, tokens, start, count, stop, sampling))
+
+    def feeder(self, prompt: int) -> int:
+        """See `Runner.feeder`."""
+        return 0
 
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`."""

@@ -36,6 +36,7 @@ ROUND_TAGS = 32  # of a token: later rounds begin anew
 LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among the most likely ones: see report.cuh
 SHORTLIST = 128  # tokens that a block lists of a kind, at most: see shortlist.cuh
 SHORTLIST_WORDS = 2 * 4 * SHORTLIST  # of a block, both kinds
+PREFILL_THREADS, PREFILL_TOKENS = 384, 128  # of a block, and that it multiplies at a time: see prefill.cuh
 OCTET = 8  # columns: see prefill.cuh
 CELL = 32  # values of all columns that are multiplied at a time: see panel.cuh
 FEW_COLUMNS = 2  # where no more than a tile of a vector follow each other: see `run`
@@ -113,6 +114,7 @@ class SequenceStruct(ctypes.Structure):
     """`Sequence` of the generated source."""
 
     _fields_ = ctypes_fields(OWN_SEQUENCE)
+
 
 class PrefillParams(ctypes.Structure):
     """The argument of the kernel for long prompts, laid out as the generated struct."""
@@ -429,14 +431,14 @@ def place_vectors(plan: Plan) -> Vectors:
     return Vectors(size, bias, gamma, query_norm, key_norm, total, total + round_up(plan.config.hidden_size, plan.target.tile_rows))
 
 
-def prefill_places(plan: Plan) -> dict[str, int]:
-    """Where what `PREFILL_PARAMETERS` calls places has each linear stage of a layer, and (`""`) how many words a layer takes."""
+def prefill_places(plan: Plan) -> tuple[dict[str, int], int]:
+    """Where what `PREFILL_PARAMETERS` calls places has each linear stage of a layer, by name, and how many words a layer takes."""
     found, total = {}, 0
     for stage in plan.layer_stages(0):
         if stage.geometry:
             found[stage.name] = total
             total += 2 * stage.tiles * stage.geometry.parts
-    return {**found, "": total}
+    return found, total
 
 
 # Which of PREFILL_PARAMETERS a stage multiplies.
@@ -481,7 +483,8 @@ def prefill_story(plan: Plan) -> list[str]:
             continue
         text.append(meet.format(name))
     kernel = 'extern "C" __global__ void __launch_bounds__(Prefill<Model>::kThreads, 1) flashformer_prefill'
-    return [*text, "    }\n  }\n};\n", f"{kernel}(const __grid_constant__ PrefillParams p) {{", "  prefill<Model, Story>(p);\n}"]
+    agreed = f"static_assert(Prefill<Model>::kThreads == {PREFILL_THREADS} && Prefill<Model>::kTokens == {PREFILL_TOKENS});"
+    return [*text, "    }\n  }\n};\n", agreed, f"{kernel}(const __grid_constant__ PrefillParams p) {{", "  prefill<Model, Story>(p);\n}"]
 
 
 def generate(plan: Plan, trace: bool = False, prefill: bool = False) -> Source:
@@ -565,9 +568,9 @@ def generate(plan: Plan, trace: bool = False, prefill: bool = False) -> Source:
         ("u32", "kStreamWhere", names.index(STREAM)),
         ("u32", "kTokenWhere", names.index("token")),
     ]
-    tape_places = prefill_places(plan) if prefill else {}
+    tape_places, layer_places = prefill_places(plan)
     if prefill:
-        model.append(("u32", "kLayerPlaces", tape_places[""]))
+        model.append(("u32", "kLayerPlaces", layer_places))
         model += [("u32", f"k{camel(vector)}Octets", octets) for vector, octets in prefill_octets(plan).items()]
     value = "Float16" if c.dtype == "float16" else "Bfloat16"
     text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated: the headers compute."]

@@ -22,7 +22,7 @@ from ...formats import PLAIN, Format, encode
 from ...geometry import round_up
 from ...plan import Plan, Stage
 from ...quant.forms import Form
-from ...tape import Tape, block_rows, scale_offsets, tile_offsets
+from ...tape import Tape, all_offsets, block_rows
 from .. import Progress
 from .codegen import LAYOUTS, Vectors, code_layout
 from .driver import Context
@@ -170,12 +170,7 @@ class Packer:
         Raises CheckpointError for a type that cannot be packed, and whatever reading the weights raises.
         """
         context = self.context
-        offsets = [
-            of(self.plan, tape, i).reshape(-1)
-            for i, stage in enumerate(self.plan.stages)
-            if stage.geometry
-            for of in (tile_offsets, scale_offsets)
-        ]
+        offsets = all_offsets(self.plan, tape)
         offset_table = context.upload(np.concatenate(offsets).astype(np.uint64), "tile offsets")
         begins = np.cumsum([0, *(len(part) for part in offsets)])
         starts = [offset_table + 8 * int(at) for at in begins]

@@ -9,16 +9,14 @@ import numpy as np
 
 from ...geometry import Geometry, ceil_div, round_up
 from ...plan import Plan
-from ...tape import Tape, scale_offsets, tile_offsets
-from .codegen import OCTET, PrefillParams, Source, prefill_octets
+from ...tape import Tape, all_offsets
+from .codegen import OCTET, PREFILL_THREADS, PREFILL_TOKENS, PrefillParams, Source, prefill_octets, prefill_places
 from .compile import Kernel
 from .launcher import gave_up
 
 if TYPE_CHECKING:
     from .runner import CudaRunner
 
-THREADS = 384  # of a block, `Prefill::kThreads`
-TOKENS = 128  # that a block multiplies at a time, `Prefill::kTokens`
 STACK = 8  # tiles of weights whose rows have a part of the sums of squares
 COPIED = 16  # bytes: copies are multiples of it
 ROOM = 1024  # tokens of a launch, at most
@@ -43,18 +41,13 @@ def possible(plan: Plan) -> bool:
 
 def places(plan: Plan, tape: Tape) -> np.ndarray:
     """Where each tile's fragments and scales are: `places` of `PREFILL_PARAMETERS`."""
-    found = [
-        of(plan, tape, i).reshape(-1)
-        for i, stage in enumerate(plan.stages)
-        if stage.geometry and stage.layer >= 0
-        for of in (tile_offsets, scale_offsets)
-    ]
-    return np.concatenate(found).astype(np.uint64)
+    whole = np.concatenate(all_offsets(plan, tape)).astype(np.uint64)
+    return whole[: plan.config.num_layers * prefill_places(plan)[1]]  # the head is behind all layers
 
 
 def room(plan: Plan) -> int:
     """Tokens of a launch, at most."""
-    return min(ROOM, round_up(plan.max_context, TOKENS))
+    return min(ROOM, round_up(plan.max_context, PREFILL_TOKENS))
 
 
 def token_bytes(plan: Plan) -> dict[str, int]:
@@ -71,7 +64,7 @@ def token_bytes(plan: Plan) -> dict[str, int]:
 
 def memory(plan: Plan) -> int:
     """Bytes of the GPU's memory that it takes beside the weights and the KV cache."""
-    table = sum(2 * s.tiles * s.geometry.parts * 8 for s in plan.stages if s.geometry)
+    table = plan.config.num_layers * prefill_places(plan)[1] * 8
     return room(plan) * sum(token_bytes(plan).values()) + table if possible(plan) else 0
 
 
@@ -117,4 +110,4 @@ class Prefill:
         p.model.start, p.model.status, p.count = start, self.status, count
         context = runner.context
         context.driver.cuMemsetD8Async(self.arrived, 0, 8, context.stream)
-        context.launch(self.function, runner.plan.target.workers, THREADS, (p,), runner.plan.target.shared_bytes, cooperative=True)
+        context.launch(self.function, runner.plan.target.workers, PREFILL_THREADS, (p,), runner.plan.target.shared_bytes, cooperative=True)

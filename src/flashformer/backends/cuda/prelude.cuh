@@ -205,22 +205,23 @@ FF_DEVICE void sync_threads() {
 
 // ---- copies into shared memory ----
 
+// Arrive on `bar`, whose phase ends when so many bytes have landed, too.
+FF_DEVICE void barrier_expect(u32 bar, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+#endif
+}
 FF_DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
 #if __CUDA_ARCH__ >= 900
   constexpr u64 kEvictFirst = 0x12F0000000000000ull;  // L2 policy: a weight is used once a token
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+  barrier_expect(bar, bytes);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(bar), "l"(kEvictFirst)
       : "memory");
 #endif
 }
-// The same in two steps: so many bytes are to come, then copies of what others will read, too.
-FF_DEVICE void barrier_expect(u32 bar, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-#endif
-}
+// The same, but its bytes are expected already, and others will read them, too.
 FF_DEVICE void bulk_copy_expected(u32 to, const void* from, u32 bytes, u32 bar) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
