@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from emulated_gpu import emulated_gpu
@@ -19,7 +20,7 @@ from flashformer.formats import choose
 from flashformer.models import build_graph
 from flashformer.plan import Plan, make_plan
 from model_files import make_config, write_folder
-from prefill_checks import CASES, LAYER_STAGES, SUITED, UNSUITED, check_engine, check_prefill, running
+from prefill_checks import CASES, LAYER_STAGES, SUITED, UNSUITED, cache_of, check_engine, check_prefill, running
 from quant_models import FORMS, QuantizedCheckpoint
 from test_formats import STAGES, forms_of
 
@@ -34,6 +35,22 @@ def test_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     write_folder(tmp_path, make_config(case.architecture, torch_dtype=case.dtype, **case.config), dtype=case.dtype)
     with open_checkpoint(tmp_path) as checkpoint, running(checkpoint, device.target, CONTEXT, case.kv) as (runner, reference):
         check_prefill(runner, reference, LONG, case.limit)
+
+
+@pytest.mark.parametrize("form", ["", "int4 g128 zeros", "fp8 rows"])
+def test_splits(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits whether blocks share the splits of a stage, or each takes all of its own."""
+    device = emulated_gpu(monkeypatch, workers=6)
+    caches = []
+    with quantised(tmp_path, dict.fromkeys(LAYER_STAGES, form) if form else {}, "bfloat16") as checkpoint:
+        for shares in (codegen.most_shares, lambda plan: 0):
+            monkeypatch.setattr(codegen, "most_shares", shares)
+            with running(checkpoint, device.target, CONTEXT, quantised=bool(form)) as (runner, reference):
+                splits = codegen.prefill_splits(runner.plan)
+                assert splits["attention_output"] == 2 and splits["down"] == 3
+                check_prefill(runner, reference, LONG, 2e-2)
+                caches.append(cache_of(runner))
+    assert np.array_equal(*caches)
 
 
 # Every format that has it, a stage each, as many as a layer has at a time.
@@ -93,4 +110,4 @@ def quantised(folder: Path, names: dict[str, str], dtype: str) -> Iterator[Check
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 291, "num_hidden_layers": 2}
     write_folder(folder, make_config(torch_dtype=dtype, **sizes), dtype=dtype)
     with open_checkpoint(folder) as plain:
-        yield QuantizedCheckpoint(plain, forms_of(plain, FORMS[next(iter(names.values()))][0], others))
+        yield QuantizedCheckpoint(plain, forms_of(plain, FORMS[next(iter(names.values()))][0], others)) if names else plain

@@ -309,7 +309,7 @@ struct HeadPiece {
           }
         }
         const u32 p = (first + done + b) * 16 + g;  // position of rows g; rows g + 8 follow
-        const float2 scale = block.score_scale(), raise = block.value_scale();
+        const float2 scale = block.score_scale(g), raise = block.value_scale(g);
 #pragma unroll
         for (int i = 0; i < 2; i++) {  // this lane's queries 2t and 2t + 1
           const u32 own = position + neighbour(2 * t + i);

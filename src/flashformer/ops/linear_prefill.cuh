@@ -2,8 +2,9 @@
 //
 // A block multiplies 128 tokens, the columns of B, with some tiles at a time. Each of two warpgroups has half of these as rows of A, in stacks
 // of eight, of which a warp has two. Fragments come in the order in which a tile has them on the tape, and the octets of x (prefill.cuh) that
-// belong to them, through a ring in shared memory that another warpgroup fills. So every sum has the same order, whatever tokens there are
-// and wherever they are cut.
+// belong to them, through a ring in shared memory that another warpgroup fills. A stage of few rows has its columns in splits, whose sums are
+// added in their order. Of few tokens, blocks take one each, so that all have work, and meet in memory; else a block takes them one after the
+// other. So every sum has the same order, whatever tokens there are and wherever they are cut.
 #pragma once
 #include "codes_prefill.cuh"
 #include "linear.cuh"
@@ -41,14 +42,19 @@ struct StackedPrefill {
   using T = typename M::Value;
   using P = Prefill<M>;
   using Unit = PrefillUnit<M, S>;
-  static_assert(!Unit::kGrouped || kStacks == 1, "sums of groups take as many registers as those of all columns");
+  static constexpr u32 kSplits = S::kSplits;
+  static_assert((!Unit::kGrouped && kSplits == 1) || kStacks == 1, "sums of groups, or splits, take as many registers as those of all columns");
   static constexpr int kGroupTiles = 8 * kStacks, kTiles = P::kGroups * kGroupTiles;  // of a warpgroup, of a block
   static constexpr int kBlocks = ceil_div((int)S::kTiles, kTiles);
   static constexpr int kOctets = S::kFragmentColumns / 8, kXBytes = kOctets * kHalfBytes;  // of x, a unit
   // A slot of the ring: x of a run of units, then the run of each tile, then its scales.
   static constexpr int kRun = S::kCoded ? 1 : 4, kCodes = kRun * kXBytes, kScales = kCodes + kTiles * kRun * Unit::kBytes;
   static constexpr int kSlotBytes = round_up(kScales + kTiles * kRun * Unit::kScaleBytes, 128);
-  static constexpr int kFit = (M::kSharedBytes - P::kRing) / kSlotBytes, kSlots = kFit < P::kMostSlots ? kFit : P::kMostSlots;
+  // Sums of splits are kept in shared memory where those of groups have the registers.
+  static constexpr bool kKeeps = Unit::kGrouped && kSplits > 1;
+  static constexpr int kKeptBytes = kKeeps ? P::kWarps * 32 * 64 * 4 : 0;
+  static constexpr int kFit = (M::kSharedBytes - P::kRing - kKeptBytes) / kSlotBytes, kSlots = kFit < P::kMostSlots ? kFit : P::kMostSlots;
+  static constexpr int kKept = P::kRing + kSlots * kSlotBytes;
   static_assert(kSlots >= 2, "a target with prefill has room for two slots of each stage");
   static_assert(Unit::kScaleBytes % 16 == 0 && kTiles % P::kCopyWarps == 0, "these have no prefill");
 
@@ -56,25 +62,84 @@ struct StackedPrefill {
 
   template <class B>
   static FF_DEVICE void run(B& b, u32 layer, const u32* x, u32 octets, u32 moments) {
-    const u32 groups = ceil_div(b.p.count, (u32)P::kTokens);
+    b.enter();
     u32 slot = 0;
+    Sums before = {};  // of the splits in front of this one
 #pragma unroll 1
-    for (u32 item = blockIdx.x; item < groups * kBlocks; item += gridDim.x) {
-      const u32 token = item % groups * P::kTokens, tile = item / groups * kTiles;  // the first ones
+    for (u32 turn = 0;; turn++) {
+      const Item of(b.p.count, turn);
+      if (!of.exists) break;
       if constexpr (B::kCopies) {
-        copy(b, layer, (const u8*)x + (u64)token / P::kTokens * octets * kHalfBytes, tile, slot);
+        copy(b, layer, (const u8*)x + (u64)of.token / P::kTokens * octets * kHalfBytes, of.tile, of.split, slot);
       } else {
-        b.sync();  // what the item before left in shared memory has been read
-        if constexpr (S::kNorm) norm_scales(b, token, moments);
+        if (of.begins) {
+          b.sync();  // what the item before left in shared memory has been read
+          if constexpr (S::kNorm) norm_scales(b, of.token, moments);
+        }
         Sums sums = {};  // NOTE: not only for the first unit: what was never set would stay alive through all stages
-        multiply(b, slot, sums);
+        multiply(b, of.split, slot, sums);
+        const Item again(b.p.count, turn);
+        add_splits(b, again, before, sums);
+        if (!again.ends) continue;
+        if (again.shared && !gather(b, layer, again, sums)) return;
         b.sync();  // norm scales are there
-        finish(b, layer, token, tile, sums);
+        finish(b, layer, again, sums);
       }
     }
   }
 
  private:
+  static constexpr u32 kUnits = S::kWarpsColumns * S::kFragments - S::kShortWarps;
+  static constexpr u32 kTokenOctets = kWarpgroupColumns / 8;  // of a piece, at most
+
+  // What a block does in a turn: a split of a piece, which is some tiles with some tokens. It takes all splits in turn, or shares the piece with
+  // other blocks, which have one each.
+  struct Item {
+    bool exists, shared, begins, ends;  // the last two: whether it is the first, or last, split that the block has of the piece
+    u32 piece, token, tile;             // its number, the first ones
+    u32 split, octets, first, end;      // octets of tokens of the piece; and those that this block finishes
+
+    // NOTE: computed where it is needed: kept, it would spill.
+    FF_DEVICE Item(u32 tokens, u32 turn) {
+      asm volatile("" : "+r"(tokens), "+r"(turn));
+      const u32 groups = ceil_div(tokens, (u32)P::kTokens), pieces = groups * kBlocks;
+      shared = kSplits > 1 && pieces * kSplits <= M::kMostShares && ceil_div(pieces * kSplits, gridDim.x) < kSplits;
+      const u32 shares = shared ? kSplits : 1, own = kSplits / shares;
+      const u32 item = blockIdx.x + turn / own * gridDim.x, share = item % shares;
+      exists = item < pieces * shares;
+      begins = turn % own == 0;
+      ends = turn % own + 1 == own;
+      piece = item / shares;
+      split = share + turn % own;
+      token = piece % groups * P::kTokens;
+      tile = piece / groups * kTiles;
+      const u32 left = ceil_div(tokens - token, 8u);
+      octets = left < kTokenOctets ? left : kTokenOctets;
+      first = share * octets / shares;
+      end = (share + 1) * octets / shares;
+    }
+  };
+
+  static FF_DEVICE u32 split_begin(u32 split) { return split * kUnits / kSplits; }  // in the order of the tape
+
+  // run(units, first, count) for each few units of a split that follow each other on the tape; begin(part, units, first) in front of those of a part.
+  template <class Begin, class Run>
+  static FF_DEVICE void each_run(u32 split, Begin begin, Run run) {
+    const u32 from = split_begin(split), to = split_begin(split + 1);
+    u32 before = 0;
+#pragma unroll 1
+    for (u32 part = 0; part < S::kParts; part++) {
+      const PartUnits<S> units(part);
+      const u32 behind = before + units.count, end = (to < behind ? to : behind) - before;
+      u32 first = from > before ? from - before : 0;
+      if (to > before && from < behind) {
+        begin(part, first);
+#pragma unroll 1
+        for (; first < end; first += kRun) run(units, first, end - first < kRun ? end - first : kRun);
+      }
+      before = behind;
+    }
+  }
   template <class B>
   static FF_DEVICE void advance(B& b, u32& slot) {
     b.phases ^= 1u << slot;
@@ -89,31 +154,29 @@ struct StackedPrefill {
 
   // All units of some tiles into the ring: each warp those of a fourth of the tiles, a lane each. NOTE: a copy takes the copy engine 30 cycles
   // and more, however small: so a few units of a tile, which follow each other on the tape, come at once.
-  static FF_DEVICE void copy(PrefillBlock<M, true>& b, u32 layer, const u8* x, u32 tile, u32& slot) {
+  static FF_DEVICE void copy(PrefillBlock<M, true>& b, u32 layer, const u8* x, u32 tile, u32 split, u32& slot) {
     constexpr u32 kOwn = kTiles / P::kCopyWarps, kKinds = Unit::kScaleBytes ? 2 : 1;  // tiles of a warp; of each, fragments and scales
     static_assert(kKinds * kOwn + kRun <= 32);
     const u32 warp = b.warp - P::kWarps, kind = b.lane / kOwn, own = warp * kOwn + b.lane % kOwn;
     const u32 nbytes = kind ? Unit::kScaleBytes : Unit::kBytes, to = kind ? kScales + own * kRun * Unit::kScaleBytes : kCodes + own * kRun * Unit::kBytes;
     const u32 x_unit = b.lane - kKinds * kOwn;  // of a run
-#pragma unroll 1
-    for (u32 part = 0; part < S::kParts; part++) {
-      const PartUnits<S> units(part);
-      const u8* from = nullptr;
-      if (kind < kKinds) from = b.p.model.tape + place(b, layer, tile + own, part, kind);
-#pragma unroll 1
-      for (u32 first = 0; first < units.count; first += kRun) {
-        const u32 run = units.count - first < kRun ? units.count - first : kRun;
-        const u32 full = b.shared + P::kFull + slot * 8, at = b.shared + P::kRing + slot * kSlotBytes;
-        barrier_wait(b.shared + P::kEmpty + slot * 8, b.phases >> slot & 1 ^ 1, b.watch);
-        if (b.lane == 0) barrier_expect(full, run * (kOwn * (Unit::kBytes + Unit::kScaleBytes) + (warp == 0 ? kXBytes : 0)));
-        __syncwarp();
-        if (warp == 0 && x_unit < run)
-          bulk_copy_expected(at + x_unit * kXBytes, x + (u64)units.unit(first + x_unit) * kXBytes, kXBytes, full);
-        if (kind < kKinds) bulk_copy_expected(at + to, from, run * nbytes, full);
-        from += run * nbytes;
-        advance(b, slot);
-      }
-    }
+    const u8* from = nullptr;
+    each_run(
+        split,
+        [&](u32 part, u32 first) {
+          if (kind < kKinds) from = b.p.model.tape + place(b, layer, tile + own, part, kind) + first * nbytes;
+        },
+        [&](const PartUnits<S>& units, u32 first, u32 run) {
+          const u32 full = b.shared + P::kFull + slot * 8, at = b.shared + P::kRing + slot * kSlotBytes;
+          barrier_wait(b.shared + P::kEmpty + slot * 8, b.phases >> slot & 1 ^ 1, b.watch());
+          if (b.lane == 0) barrier_expect(full, run * (kOwn * (Unit::kBytes + Unit::kScaleBytes) + (warp == 0 ? kXBytes : 0)));
+          __syncwarp();
+          if (warp == 0 && x_unit < run)
+            bulk_copy_expected(at + x_unit * kXBytes, x + (u64)units.unit(first + x_unit) * kXBytes, kXBytes, full);
+          if (kind < kKinds) bulk_copy_expected(at + to, from, run * nbytes, full);
+          from += run * nbytes;
+          advance(b, slot);
+        });
   }
 
   static FF_DEVICE void release(const PrefillBlock<M, false>& b, u32 slot) {
@@ -136,25 +199,51 @@ struct StackedPrefill {
     }
   };
 
-  static FF_DEVICE void multiply(PrefillBlock<M, false>& b, u32& slot, Sums& sums) {
-    const u32 own = b.warp / 4 * kGroupTiles + b.warp % 4 * 2;  // of the block's tiles, this warp's first
-#pragma unroll 1
-    for (u32 part = 0; part < S::kParts; part++) {
-      const u32 count = PartUnits<S>(part).count;
-#pragma unroll 1
-      for (u32 first = 0; first < count; first += kRun) {
-        barrier_wait(b.shared + P::kFull + slot * 8, b.phases >> slot & 1, b.watch);
-        const u32 at = b.shared + P::kRing + slot * kSlotBytes;
-        u32 codes = at + kCodes + own * kRun * Unit::kBytes + b.lane * 16, scales = at + kScales + own * kRun * Unit::kScaleBytes + scale_row(b);
-#pragma unroll 1
-        for (u32 i = 0; i < kRun && first + i < count; i++) {
-          add(sums, at + i * kXBytes, codes, scales);
-          codes += Unit::kBytes;
-          scales += Unit::kScaleBytes;
+  // The sums of a split become those of it and all that the block had in front of it.
+  static FF_DEVICE void add_splits(const PrefillBlock<M, false>& b, const Item& of, Sums& before, Sums& sums) {
+    if constexpr (kKeeps) {
+      const u32 kept = b.shared + kKept + b.thread() * 16;
+#pragma unroll
+      for (int n = 0; n < 16; n++) {
+        const u32 at = kept + n * (P::kWarps * 512);
+        float* sum = sums[0] + 4 * n;
+        if (!of.begins) {
+          const uint4 v = load_shared4(at);
+          sum[0] += __uint_as_float(v.x);
+          sum[1] += __uint_as_float(v.y);
+          sum[2] += __uint_as_float(v.z);
+          sum[3] += __uint_as_float(v.w);
         }
-        release(b, slot);
-        advance(b, slot);
+        if (!of.ends) store_shared4(at, make_uint4(__float_as_uint(sum[0]), __float_as_uint(sum[1]), __float_as_uint(sum[2]), __float_as_uint(sum[3])));
       }
+    } else if constexpr (kSplits > 1) {
+#pragma unroll
+      for (int k = 0; k < 64; k++) {
+        sums[0][k] += before[0][k];
+        before[0][k] = of.ends ? 0 : sums[0][k];
+      }
+    }
+  }
+  static FF_DEVICE void multiply(PrefillBlock<M, false>& b, u32 split, u32& slot, Sums& sums) {
+    const u32 own = b.warp / 4 * kGroupTiles + b.warp % 4 * 2;  // of the block's tiles, this warp's first
+    const auto add_run = [&](u32 run) {
+      barrier_wait(b.shared + P::kFull + slot * 8, b.phases >> slot & 1, b.watch());
+      const u32 at = b.shared + P::kRing + slot * kSlotBytes;
+      u32 codes = at + kCodes + own * kRun * Unit::kBytes + b.lane * 16, scales = at + kScales + own * kRun * Unit::kScaleBytes + scale_row(b);
+#pragma unroll 1
+      for (u32 i = 0; i < run; i++) {
+        add(sums, at + i * kXBytes, codes, scales);
+        codes += Unit::kBytes;
+        scales += Unit::kScaleBytes;
+      }
+      release(b, slot);
+      advance(b, slot);
+    };
+    if constexpr (kRun > 1) {
+      each_run(split, [](u32, u32) {}, [&](const PartUnits<S>&, u32, u32 run) { add_run(run); });
+    } else {  // parts do not matter
+#pragma unroll 1
+      for (u32 left = split_begin(split + 1) - split_begin(split); left; left--) add_run(1);
     }
   }
   // Add the products of a unit. NOTE: they end in it. In the next turn of the loop around it operands might be moved to other registers, and those
@@ -211,34 +300,70 @@ struct StackedPrefill {
     else return 0;
   }
 
+  // A piece's sums of all splits: blocks that share it write what they have, and each reads what it finishes. False: one has waited too long, and
+  // all leave.
+  static FF_DEVICE bool gather(PrefillBlock<M, false>& b, u32 layer, const Item& of, Sums& sums) {
+    constexpr u32 kThreads = P::kWarps * 32;
+    float4* const all = (float4*)b.p.splits + (u64)of.piece * kSplits * kTokenOctets * kThreads + b.thread();  // [split][octet][thread]
+#pragma unroll
+    for (u32 n = 0; n < kTokenOctets; n++) {
+      const float* sum = sums[0] + 4 * n;
+      if (n < of.octets && (n < of.first || n >= of.end)) all[(of.split * kTokenOctets + n) * kThreads] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    }
+    if (!b.share(b.p.shared + layer * M::kLayerShares + S::kShares + of.piece, kSplits)) return false;
+#pragma unroll
+    for (u32 n = 0; n < kTokenOctets; n++) {
+      if (n < of.first || n >= of.end) continue;
+      float* sum = sums[0] + 4 * n;
+      float4 part[kSplits], total = make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (u32 i = 0; i < kSplits; i++) part[i] = i == of.split ? make_float4(sum[0], sum[1], sum[2], sum[3]) : all[(i * kTokenOctets + n) * kThreads];
+#pragma unroll
+      for (u32 i = 0; i < kSplits; i++) {
+        total.x += part[i].x;
+        total.y += part[i].y;
+        total.z += part[i].z;
+        total.w += part[i].w;
+      }
+      sum[0] = total.x;
+      sum[1] = total.y;
+      sum[2] = total.z;
+      sum[3] = total.w;
+    }
+    return true;
+  }
+
   // 1 / root mean square of each token of the block's.
   static FF_DEVICE void norm_scales(const PrefillBlock<M, false>& b, u32 token, u32 moments) {
-    if (b.thread >= P::kTokens || token + b.thread >= b.p.count) return;
+    if (b.thread() >= P::kTokens || token + b.thread() >= b.p.count) return;
     float total = 0;
 #pragma unroll 16
-    for (u32 part = 0; part < moments; part++) total += b.p.moments[part * b.p.room + token + b.thread];
-    store_shared_float(b.shared + P::kNormScales + b.thread * 4, rsqrtf(total / M::kHidden + S::kEps));
+    for (u32 part = 0; part < moments; part++) total += b.p.moments[part * b.p.room + token + b.thread()];
+    store_shared_float(b.shared + P::kNormScales + b.thread() * 4, rsqrtf(total / M::kHidden + S::kEps));
   }
 
   // What becomes of the sums. Lane (g, t) has row g of its two tiles of a stack, of each eight tokens 2 t and 2 t + 1.
-  static FF_DEVICE void finish(const PrefillBlock<M, false>& b, u32 layer, u32 token, u32 tile, const Sums& sums) {
-    const u32 g = b.lane >> 2, t = b.lane & 3, own = tile + b.warp / 4 * kGroupTiles + b.warp % 4 * 2;
+  static FF_DEVICE void finish(const PrefillBlock<M, false>& b, u32 layer, const Item& item, const Sums& sums) {
+    const u32 g = b.lane >> 2, t = b.lane & 3, own = item.tile + b.warp / 4 * kGroupTiles + b.warp % 4 * 2;
     const float* vectors = b.p.model.vectors + (u64)layer * M::kLayerVectors;
     float factor[kStacks][2], bias[kStacks][2] = {}, gamma[kStacks][2] = {};
+    u32 count[kStacks][2];  // of tokens: none of tiles that are not there
 #pragma unroll
     for (int i = 0; i < kStacks; i++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const u32 of = own + i * 8 + h, row = of * 8 + g;
+        count[i][h] = of < S::kTiles ? b.p.count : 0;
         factor[i][h] = of < S::kTiles ? row_factor(b, layer, of, g) : 0;
         if constexpr (S::kBias >= 0) bias[i][h] = of < S::kTiles ? __ldg(vectors + S::kBias + row) : 0;
         if constexpr (S::kEpilogue == Epilogue::kResidual) gamma[i][h] = of < S::kTiles ? __ldg(vectors + S::kGamma + row) : 0;
       }
 #pragma unroll
-    for (int n = 0; n < kWarpgroupColumns / 8; n++) {
+    for (u32 n = 0; n < kTokenOctets; n++) {
+      if (n < item.first || n >= item.end) continue;
       u32 in_block = n * 8 + 2 * t;
       asm volatile("" : "+r"(in_block));  // or all places would be computed at once, and spill
-      const u32 at = token + in_block;  // and the next token
+      const u32 at = item.token + in_block;  // and the next token
       float2 scale = make_float2(1, 1);
       if constexpr (S::kNorm) {
         const uint2 both = load_shared2(b.shared + P::kNormScales + in_block * 4);
@@ -250,7 +375,7 @@ struct StackedPrefill {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const u32 of = own + i * 8 + h, row = of * 8 + g;
-          const bool exists = of < S::kTiles, mine[2] = {exists && at < b.p.count, exists && at + 1 < b.p.count};
+          const bool mine[2] = {at < count[i][h], at + 1 < count[i][h]};
           const float* sum = sums[i] + 4 * n + 2 * h;
           float y[2] = {fmaf(sum[0], factor[i][h] * scale.x, bias[i][h]), fmaf(sum[1], factor[i][h] * scale.y, bias[i][h])};
           if constexpr (S::kEpilogue == Epilogue::kStore) {
@@ -288,11 +413,12 @@ struct StackedPrefill {
       b.sync();
 #pragma unroll
       for (int i = 0; i < kStacks; i++) {  // a thread's token of a stack of a warpgroup
-        const u32 of = b.thread % P::kTokens, group = b.thread / P::kTokens, part = tile / 8 + group * kStacks + i;
+        const u32 of = b.thread() % P::kTokens, group = b.thread() / P::kTokens, part = item.tile / 8 + group * kStacks + i;
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < 4; w++) sum += load_shared_float(moment_at(b, i, of, group * 4 + w));
-        if (part < PrefillParts<S> && token + of < b.p.count) b.p.moments[part * b.p.room + token + of] = sum;
+        const bool mine = of >= 8 * item.first && of < 8 * item.end && item.token + of < b.p.count;
+        if (part < PrefillParts<S> && mine) b.p.moments[part * b.p.room + item.token + of] = sum;
       }
     }
   }
@@ -334,7 +460,7 @@ struct LinearPrefill {
   // x: vectors of all tokens, of so many octets. moments: in how many parts their sums of squares are.
   template <class B>
   static FF_DEVICE void run(B& b, u32 layer, const u32* x, u32 octets, u32 moments) {
-    if constexpr (!PrefillUnit<M, S>::kGrouped) {
+    if constexpr (!PrefillUnit<M, S>::kGrouped && S::kSplits == 1) {
       // Two stacks take less than twice the time of one, if they leave nobody without work.
       const u32 one = turns<StackedPrefill<M, S, 1>>(b), two = turns<StackedPrefill<M, S, 2>>(b);
       if (two * 3 <= one * 2) {

@@ -37,7 +37,9 @@ LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among 
 SHORTLIST = 128  # tokens that a block lists of a kind, at most: see shortlist.cuh
 SHORTLIST_WORDS = 2 * 4 * SHORTLIST  # of a block, both kinds
 PREFILL_THREADS, PREFILL_TOKENS = 384, 128  # of a block, and that it multiplies at a time: see prefill.cuh
+PREFILL_TILES = 16  # that a block has at least: see StackedPrefill
 OCTET = 8  # columns: see prefill.cuh
+MOST_SPLITS, LEAST_SPLIT = 8, 128  # of the columns of a stage; columns of a split
 CELL = 32  # values of all columns that are multiplied at a time: see panel.cuh
 FEW_COLUMNS = 2  # where no more than a tile of a vector follow each other: see `run`
 SECTOR = 32  # bytes: what the L2 cache keeps as one
@@ -105,6 +107,8 @@ PREFILL_PARAMETERS: tuple[Field, ...] = (
     ("inner", "u32*", ctypes.c_uint64, "octets of what down multiplies"),
     ("moments", "float*", ctypes.c_uint64, "[parts][tokens] sums of squares"),
     ("arrived", "u64*", ctypes.c_uint64, "how often blocks have come to meet the others"),
+    ("shared", "u64*", ctypes.c_uint64, "[layers][stages][pieces] how many of the blocks that share a piece of a stage have come"),
+    ("splits", "float*", ctypes.c_uint64, "[pieces][splits][octets of tokens][threads][4] sums"),
     ("room", "u32", ctypes.c_uint32, "tokens that there is room for"),
     ("count", "u32", ctypes.c_uint32, "tokens"),
 )
@@ -441,6 +445,29 @@ def prefill_places(plan: Plan) -> tuple[dict[str, int], int]:
     return found, total
 
 
+def prefill_splits(plan: Plan) -> dict[str, int]:
+    """In how many splits the kernel for long prompts has the columns of a layer's linear stages: as few tokens give all blocks work."""
+    return {
+        s.name: max(1, min(MOST_SPLITS, plan.target.workers // ceil_div(s.tiles, PREFILL_TILES), s.geometry.columns // LEAST_SPLIT))
+        for s in plan.layer_stages(0)
+        if s.geometry
+    }
+
+
+def most_shares(plan: Plan) -> int:
+    """Blocks that take a split each of the pieces of a stage, at most."""
+    return 2 * plan.target.workers if max(prefill_splits(plan).values()) > 1 else 0
+
+
+def prefill_shares(plan: Plan) -> tuple[dict[str, int], int]:
+    """Where what `PREFILL_PARAMETERS` calls shared has each linear stage of a layer, by name, and how many words a layer takes."""
+    found, total = {}, 0
+    for name, splits in prefill_splits(plan).items():
+        found[name] = total
+        total += most_shares(plan) // splits if splits > 1 else 0
+    return found, total
+
+
 # Which of PREFILL_PARAMETERS a stage multiplies.
 PREFILL_READS = {"qkv": "hidden", "attention_output": "attended", "gate_up": "hidden", "down": "inner"}
 
@@ -569,8 +596,10 @@ def generate(plan: Plan, trace: bool = False, prefill: bool = False) -> Source:
         ("u32", "kTokenWhere", names.index("token")),
     ]
     tape_places, layer_places = prefill_places(plan)
+    splits, (shares, _) = prefill_splits(plan), prefill_shares(plan)
     if prefill:
         model.append(("u32", "kLayerPlaces", layer_places))
+        model += [("u32", "kLayerShares", prefill_shares(plan)[1]), ("u32", "kMostShares", most_shares(plan))]
         model += [("u32", f"k{camel(vector)}Octets", octets) for vector, octets in prefill_octets(plan).items()]
     value = "Float16" if c.dtype == "float16" else "Bfloat16"
     text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated: the headers compute."]
@@ -632,6 +661,7 @@ def generate(plan: Plan, trace: bool = False, prefill: bool = False) -> Source:
                 ]
             if prefill and stage.layer >= 0:
                 facts += [("u32", "kTiles", stage.tiles), ("u32", "kPlaces", tape_places[stage.name])]
+                facts += [("u32", "kSplits", splits[stage.name]), ("u32", "kShares", shares[stage.name])]
                 if stage.publish_gamma:
                     facts.append(("int", "kGamma", vectors.gamma[stage.name]))
             if g.format != PLAIN:

@@ -50,7 +50,10 @@ struct PrefillUnit<M, S, true> {  // codes: a slice
       for (int k = 0; k < kLoads; k++) raw[h][k] = load_shared4(codes + h * apart * kBytes + k * 512);
   }
   FF_DEVICE u32 scale_at(int h, int group) const { return (h ? next_scales : scales) + group * Place::kGroupBytes; }
-  FF_DEVICE float scale(int h, int group) const { return Scale::value(Scale::load(scale_at(h, group))); }
+  FF_DEVICE float scale(int h, int group) const {
+    if constexpr (kGrouped) return Scale::value(Scale::load(scale_at(h, group)));
+    else return 1;
+  }
   // Before the operands of a group of columns. NOTE: zeros are integers, and so small that T holds every difference.
   FF_DEVICE void begin(int group) {
     if constexpr (kZeros) {

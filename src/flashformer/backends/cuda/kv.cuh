@@ -34,9 +34,9 @@ struct KvBlock<M, Native> {
     FF_DEVICE Reader(u32 block, u32 lane) : at(block + lane * 16) {}
 
     FF_DEVICE void keys(uint4 (&a)[kSteps], int step) const { a[0] = load_shared4(at + step * kFragmentBytes); }
-    // Of the scores of positions g and g + 8, and the logarithms of the scales of their values.
-    FF_DEVICE float2 score_scale() const { return make_float2(M::kScoreScale, M::kScoreScale); }
-    FF_DEVICE float2 value_scale() const { return make_float2(0, 0); }
+    // Of the scores of positions `row` and `row` + 8, and the logarithms of the scales of their values.
+    FF_DEVICE float2 score_scale(u32) const { return make_float2(M::kScoreScale, M::kScoreScale); }
+    FF_DEVICE float2 value_scale(u32) const { return make_float2(0, 0); }
     // NOTE: weights are zero where there is no position yet, but what an earlier text left there may be a NaN.
     FF_DEVICE void values(uint4 (&a)[kSteps], int step, u32 mask0, u32 mask1) const {
       uint4 v = load_shared4(at + kKeyBytes + step * kFragmentBytes);
@@ -94,18 +94,18 @@ struct KvBlock {
 
     FF_DEVICE void keys(uint4 (&a)[kSteps], int step) const { load(a, block, step); }
     FF_DEVICE void values(uint4 (&a)[kSteps], int step, u32, u32) const { load(a, block + kKeyBytes, step); }
-    FF_DEVICE float2 score_scale() const {
-      const float2 scale = scales(0);
+    FF_DEVICE float2 score_scale(u32 row) const {
+      const float2 scale = scales(row, 0);
       return make_float2(scale.x * (M::kScoreScale * Code::kFactor), scale.y * (M::kScoreScale * Code::kFactor));
     }
-    FF_DEVICE float2 value_scale() const {
-      const float2 scale = scales(4);
+    FF_DEVICE float2 value_scale(u32 row) const {
+      const float2 scale = scales(row, 4);
       return make_float2(log2_approx(scale.x * Code::kFactor), log2_approx(scale.y * Code::kFactor));
     }
 
    private:
-    FF_DEVICE float2 scales(u32 offset) const {
-      const u32 both = load_shared(block + kScales + (lane >> 2) * 8 + offset);
+    FF_DEVICE float2 scales(u32 row, u32 offset) const {
+      const u32 both = load_shared(block + kScales + row * 8 + offset);
       return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
     }
     // Fragments `step` and, if there is one, `step` + 1.

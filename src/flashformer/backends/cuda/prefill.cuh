@@ -23,7 +23,9 @@ struct Prefill {
   static constexpr int kFull = 0, kEmpty = kFull + kMostSlots * 8;  // barriers of the ring
   static constexpr int kNormScales = kEmpty + kMostSlots * 8;       // [tokens] of the vectors that are multiplied
   static constexpr int kMoments = kNormScales + kTokens * 4;        // [2 stacks][tokens][warps]
-  static constexpr int kRing = round_up(kMoments + 2 * kTokens * kWarps * 4, 128);
+  static constexpr int kMeetings = kMoments + 2 * kTokens * kWarps * 4;  // how many there were
+  static constexpr int kWhere = kMeetings + 4, kGoesOn = kWhere + 4;     // where the latest one was; whether nobody has waited too long there
+  static constexpr int kRing = round_up(kGoesOn + 4, 128);
 };
 
 // A thread of a warpgroup that computes, or of the one that copies.
@@ -31,11 +33,13 @@ template <class M, bool copies>
 struct PrefillBlock {
   static constexpr bool kCopies = copies;
   const PrefillParams& p;
-  u32 shared, thread, warp, lane;
-  Watch watch;
-  u32 meetings = 0;
+  u32 shared, warp, lane;
   u32 phases = 0;  // of the ring's barriers, for the role of this warp: a bit each
 
+  FF_DEVICE u32 thread() const { return warp * 32 + lane; }
+  // A stage begins. NOTE: what follows from these is computed anew: kept through all stages, it would spill.
+  FF_DEVICE void enter() { asm volatile("" : "+r"(warp), "+r"(lane)); }
+  FF_DEVICE Watch watch() const { return {p.model, load_shared(shared + Prefill<M>::kWhere)}; }
   // Warps that compute meet.
   FF_DEVICE void sync() const { sync_threads<1, Prefill<M>::kWarps * 32>(); }
   // Word of the pair of columns `column` and the next of a token, in vectors of so many octets.
@@ -45,21 +49,36 @@ struct PrefillBlock {
   }
   // All blocks meet: what they have written until now is there for all. False: one has waited too long, and all leave.
   FF_DEVICE bool meet(u32 stage, u32 layer) {
-    meetings++;
-    watch.where = stage << 16 | layer;
     fence_copy_engine();  // which will read it
     __syncthreads();
-    if (thread == 0) {
-      fence_device();
-      atomicAdd((u32*)p.arrived, 1u);
-      Wait wait;
-      while ((u32)load_word_acquire(p.arrived) < meetings * gridDim.x && !wait.expired(watch)) {
-      }
+    if (thread() == 0) {
+      store_shared(shared + Prefill<M>::kWhere, stage << 16 | layer);
+      const u32 meetings = load_shared(shared + Prefill<M>::kMeetings) + 1;
+      store_shared(shared + Prefill<M>::kMeetings, meetings);
+      arrive(p.arrived, meetings * gridDim.x);
     }
     __syncthreads();
     fence_copy_engine();
-    return load_volatile(p.model.status) == 0;
+    return goes_on();
   }
+  // The same for the warps that compute of the blocks that share something.
+  FF_DEVICE bool share(u64* arrived, u32 sharers) {
+    sync();
+    if (thread() == 0) arrive(arrived, sharers);
+    sync();
+    return goes_on();
+  }
+
+ private:
+  FF_DEVICE void arrive(u64* arrived, u32 expected) const {
+    fence_device();
+    atomicAdd((u32*)arrived, 1u);
+    Wait wait;
+    while ((u32)load_word_acquire(arrived) < expected && !wait.expired(watch())) {
+    }
+    store_shared(shared + Prefill<M>::kGoesOn, load_volatile(p.model.status) == 0);
+  }
+  FF_DEVICE bool goes_on() const { return load_shared(shared + Prefill<M>::kGoesOn); }  // NOTE: all threads must agree
 };
 
 // The embedding rows of all tokens: residuals, and vectors for the first stage, whose sums of squares are in one part.
@@ -91,8 +110,10 @@ template <class M, class Story>
 FF_DEVICE void prefill(const PrefillParams& p) {
   extern __shared__ __align__(128) u8 memory[];
   using P = Prefill<M>;
-  const u32 shared = shared_address(memory), thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
-  if (thread == 0) {
+  const u32 shared = shared_address(memory), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  if (threadIdx.x == 0) {
+    store_shared(shared + P::kMeetings, 0);
+    store_shared(shared + P::kWhere, 0);
     for (int slot = 0; slot < P::kMostSlots; slot++) {
       barrier_init(shared + P::kFull + slot * 8, P::kCopyWarps);
       barrier_init(shared + P::kEmpty + slot * 8, P::kWarps);
@@ -102,11 +123,11 @@ FF_DEVICE void prefill(const PrefillParams& p) {
   __syncthreads();
   if (warp >= P::kWarps) {
     fewer_registers<P::kCopyRegisters>();
-    PrefillBlock<M, true> block{p, shared, thread, warp, lane, {p.model, 0}};
+    PrefillBlock<M, true> block{p, shared, warp, lane};
     Story::run(block);
   } else {
     more_registers<P::kRegisters>();
-    PrefillBlock<M, false> block{p, shared, thread, warp, lane, {p.model, 0}};
+    PrefillBlock<M, false> block{p, shared, warp, lane};
     Story::run(block);
   }
 }

@@ -10,7 +10,18 @@ import numpy as np
 from ...geometry import Geometry, ceil_div, round_up
 from ...plan import Plan
 from ...tape import Tape, all_offsets
-from .codegen import OCTET, PREFILL_THREADS, PREFILL_TOKENS, PrefillParams, Source, prefill_octets, prefill_places
+from .codegen import (
+    OCTET,
+    PREFILL_THREADS,
+    PREFILL_TILES,
+    PREFILL_TOKENS,
+    PrefillParams,
+    Source,
+    most_shares,
+    prefill_octets,
+    prefill_places,
+    prefill_shares,
+)
 from .compile import Kernel
 from .launcher import gave_up
 
@@ -20,7 +31,7 @@ if TYPE_CHECKING:
 STACK = 8  # tiles of weights whose rows have a part of the sums of squares
 COPIED = 16  # bytes: copies are multiples of it
 ROOM = 1024  # tokens of a launch, at most
-LEAST = 48  # tokens of a prompt, without the last, for which it is worth it: they are three passes of 16 columns
+LEAST = 17  # tokens of a prompt up to which it is not worth it: all but the last are one pass of 16 columns
 
 
 def possible(plan: Plan) -> bool:
@@ -62,10 +73,22 @@ def token_bytes(plan: Plan) -> dict[str, int]:
     }
 
 
+def counters_bytes(plan: Plan) -> int:
+    """Bytes of what counts blocks that meet: `arrived`, then `shared` of `PREFILL_PARAMETERS`."""
+    return 8 * (1 + plan.config.num_layers * prefill_shares(plan)[1])
+
+
+def splits_bytes(plan: Plan) -> int:
+    """Bytes of the sums of splits."""
+    return most_shares(plan) * PREFILL_TILES * plan.target.tile_rows * PREFILL_TOKENS * 4
+
+
 def memory(plan: Plan) -> int:
     """Bytes of the GPU's memory that it takes beside the weights and the KV cache."""
+    if not possible(plan):
+        return 0
     table = plan.config.num_layers * prefill_places(plan)[1] * 8
-    return room(plan) * sum(token_bytes(plan).values()) + table if possible(plan) else 0
+    return room(plan) * sum(token_bytes(plan).values()) + table + counters_bytes(plan) + splits_bytes(plan)
 
 
 class Prefill:
@@ -81,9 +104,11 @@ class Prefill:
         self.function = context.function(context.load(kernel.cubin), "flashformer_prefill")
         context.allow_shared(self.function, plan.target.shared_bytes)
         self.room = room(plan)
-        self.status, self.arrived = (context.allocate(8, "status", fill=0) for _ in range(2))
+        self.status = context.allocate(8, "status", fill=0)
+        self.counters, self.counters_bytes = context.allocate(counters_bytes(plan), "counters", fill=0), counters_bytes(plan)
         self.params = PrefillParams(
-            places=context.upload(places(plan, tape), "places of weights"), arrived=self.arrived, room=self.room,
+            places=context.upload(places(plan, tape), "places of weights"), arrived=self.counters, shared=self.counters + 8, room=self.room,
+            splits=context.allocate(splits_bytes(plan), "sums of splits") if splits_bytes(plan) else 0,
             **{name: context.allocate(self.room * nbytes, "a prompt's vectors", fill=0) for name, nbytes in token_bytes(plan).items()},
         )  # fmt: skip
 
@@ -109,5 +134,5 @@ class Prefill:
         p.model.kv = runner.kv + slot * (runner.plan.kv_bytes() // runner.plan.slots)
         p.model.start, p.model.status, p.count = start, self.status, count
         context = runner.context
-        context.driver.cuMemsetD8Async(self.arrived, 0, 8, context.stream)
+        context.driver.cuMemsetD8Async(self.counters, 0, self.counters_bytes, context.stream)
         context.launch(self.function, runner.plan.target.workers, PREFILL_THREADS, (p,), runner.plan.target.shared_bytes, cooperative=True)
