@@ -277,7 +277,7 @@ class Context:
 
         self.do(run)
 
-    def event(self, stream: Any = None) -> Event:
+    def event(self, stream: Any = None, sleeping: bool = False) -> Event:
         """After all work so far."""
         event = Event()
 

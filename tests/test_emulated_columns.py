@@ -14,6 +14,7 @@ from column_checks import (
     CONTEXT,
     SAMPLED,
     Open,
+    check_cancelled_asleep,
     check_companions,
     check_copies,
     check_drafts,
@@ -97,6 +98,11 @@ def test_scores_that_are_not_finite_end_one_turn(running: Open, tmp_path: Path) 
 def test_what_does_not_fit_is_refused(running: Open, tmp_path: Path) -> None:
     with opened(tmp_path, SHAPE) as checkpoint, running(checkpoint, slots=2) as runner:
         check_refusals(runner)
+
+
+def test_a_cancelled_turn_wakes_who_waits(running: Open, tmp_path: Path) -> None:
+    with opened(tmp_path, SHAPE) as checkpoint, running(checkpoint, slots=2) as runner:
+        check_cancelled_asleep(runner)
 
 
 def test_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import flashformer
-from column_checks import check_prompt_kernel
+from column_checks import check_cancelled_asleep, check_prompt_kernel
 from emulated_gpu import Context, Device, compile_source, emulated_gpu, translated
 from flashformer import SamplingParams
 from flashformer.backends import Turn
@@ -156,6 +156,7 @@ def test_generation_ends_and_waits_for_nothing(tmp_path: Path, device: Device) -
         assert next(made).token == answer[0]
         turn.cancel()
         assert len(list(made)) < 59
+        check_cancelled_asleep(runner)
 
         runner.params.epoch = (1 << 32) // max(runner.plan.config.num_layers + 1, ROUND_TAGS) - 30
         assert again() == answer and again() == answer

@@ -14,6 +14,7 @@ import flashformer
 from column_checks import (
     CONTEXT,
     SAMPLED,
+    check_cancelled_asleep,
     check_companions,
     check_copies,
     check_drafts,
@@ -129,6 +130,11 @@ def test_scores_that_are_not_finite_end_one_turn(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path, SHAPE) as checkpoint, running(checkpoint, slots=2) as runner:
         check_refusals(runner)
+
+
+def test_a_cancelled_turn_wakes_who_waits(tmp_path: Path) -> None:
+    with opened(tmp_path, SHAPE) as checkpoint, running(checkpoint, slots=2) as runner:
+        check_cancelled_asleep(runner)
 
 
 def test_speculation_changes_no_token(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import flashformer
-from column_checks import check_prompt_kernel
+from column_checks import check_cancelled_asleep, check_prompt_kernel
 from flashformer import Engine, SamplingParams
+from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.check import sample_tokens
 from model_files import make_config, write_folder
 
@@ -43,6 +44,11 @@ def test_slots_hold_their_own_and_copies_are_exact(engine: Engine) -> None:
     assert np.array_equal(runner.logits(tokens[50:], 50, 2), whole[50:])
     runner.copy(2, 1, 37)
     assert np.array_equal(runner.logits(tokens[37:], 37, 1), whole[37:])
+
+
+def test_a_cancelled_turn_wakes_who_waits(engine: Engine) -> None:
+    assert isinstance(engine.runner, CudaRunner)
+    check_cancelled_asleep(engine.runner)
 
 
 @pytest.mark.parametrize("columns", [2, 16])

@@ -59,11 +59,14 @@ class Turn:
     sampling: Sampling = GREEDY
     drafts: int = 0
     fed: int = 0  # after the launch: how many positions from start on are in the KV cache for certain
-    flag: np.ndarray = field(default_factory=lambda: np.zeros(1, np.uint32))  # the kernel looks at it before each pass
+    flag: np.ndarray = field(default_factory=lambda: np.zeros(1, np.uint32))  # the kernel of the CPU looks at it before each pass
+    on_cancel: Callable[[], None] | None = None  # tells another kernel, while it runs
 
     def cancel(self) -> None:
         """End the turn with its present token; from any thread, also while it runs."""
         self.flag[0] = 1
+        if tell := self.on_cancel:
+            tell()
 
     @property
     def cancelled(self) -> bool:

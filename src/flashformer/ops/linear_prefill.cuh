@@ -158,7 +158,7 @@ struct StackedPrefill {
     constexpr u32 kOwn = kTiles / P::kCopyWarps, kKinds = Unit::kScaleBytes ? 2 : 1;  // tiles of a warp; of each, fragments and scales
     static_assert(kKinds * kOwn + kRun <= 32);
     const u32 warp = b.warp - P::kWarps, kind = b.lane / kOwn, own = warp * kOwn + b.lane % kOwn;
-    const u32 nbytes = kind ? Unit::kScaleBytes : Unit::kBytes, to = kind ? kScales + own * kRun * Unit::kScaleBytes : kCodes + own * kRun * Unit::kBytes;
+    const u32 nbytes = kind ? Unit::kScaleBytes : Unit::kBytes, to = (kind ? kScales : kCodes) + own * kRun * nbytes;
     const u32 x_unit = b.lane - kKinds * kOwn;  // of a run
     const u8* from = nullptr;
     each_run(
@@ -214,7 +214,8 @@ struct StackedPrefill {
           sum[2] += __uint_as_float(v.z);
           sum[3] += __uint_as_float(v.w);
         }
-        if (!of.ends) store_shared4(at, make_uint4(__float_as_uint(sum[0]), __float_as_uint(sum[1]), __float_as_uint(sum[2]), __float_as_uint(sum[3])));
+        const uint4 words = make_uint4(__float_as_uint(sum[0]), __float_as_uint(sum[1]), __float_as_uint(sum[2]), __float_as_uint(sum[3]));
+        if (!of.ends) store_shared4(at, words);
       }
     } else if constexpr (kSplits > 1) {
 #pragma unroll
@@ -308,16 +309,16 @@ struct StackedPrefill {
 #pragma unroll
     for (u32 n = 0; n < kTokenOctets; n++) {
       const float* sum = sums[0] + 4 * n;
-      if (n < of.octets && (n < of.first || n >= of.end)) all[(of.split * kTokenOctets + n) * kThreads] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      if (n < of.octets && (n < of.first || n >= of.end)) all[(of.split * kTokenOctets + n) * kThreads] = four(sum);
     }
     if (!b.share(b.p.shared + layer * M::kLayerShares + S::kShares + of.piece, kSplits)) return false;
 #pragma unroll
     for (u32 n = 0; n < kTokenOctets; n++) {
       if (n < of.first || n >= of.end) continue;
       float* sum = sums[0] + 4 * n;
-      float4 part[kSplits], total = make_float4(0, 0, 0, 0);
+      float4 part[kSplits], total = {};
 #pragma unroll
-      for (u32 i = 0; i < kSplits; i++) part[i] = i == of.split ? make_float4(sum[0], sum[1], sum[2], sum[3]) : all[(i * kTokenOctets + n) * kThreads];
+      for (u32 i = 0; i < kSplits; i++) part[i] = i == of.split ? four(sum) : all[(i * kTokenOctets + n) * kThreads];
 #pragma unroll
       for (u32 i = 0; i < kSplits; i++) {
         total.x += part[i].x;
@@ -332,6 +333,8 @@ struct StackedPrefill {
     }
     return true;
   }
+
+  static FF_DEVICE float4 four(const float* x) { return make_float4(x[0], x[1], x[2], x[3]); }
 
   // 1 / root mean square of each token of the block's.
   static FF_DEVICE void norm_scales(const PrefillBlock<M, false>& b, u32 token, u32 moments) {

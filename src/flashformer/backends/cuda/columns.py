@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ from .. import Made, Turn
 from ..sampling import NOTHING, REPORT_WORDS, Flag, Scores, await_report, token_error
 from ..sequence import check_turns
 from .codegen import SequenceStruct
+from .pace import SHORTEST
 
 if TYPE_CHECKING:
     from .launcher import Launcher
@@ -73,33 +75,43 @@ class Columns:
         if turns and not numbers:
             return
         self.launch([turns[number] for number in numbers], logits)
-        parts, context, run = self.parts, self.runner.context, self.runner.params.run
-        marker, running, pace = context.event(), True, self.runner.pace
+        parts, run = self.parts, self.runner.params.run
+        ending, pace = self.runner.endings.next(), self.runner.pace
         pace.begin(min(ceil_div(len(part.turn.tokens), self.runner.plan.columns) for part in parts))
+        for place, part in enumerate(parts):
+            part.turn.on_cancel = partial(self._stop, run, place)
         try:
-            while running:
-                ending = not any(part.open for part in parts)
-                if ending or pace.overdue:
-                    running = not context.done(marker)  # NOTE: before the look, so that no token is missed
+            while True:
+                over = ending.over  # NOTE: before the look, so that no token is missed
                 passes = 0  # that have made the tokens found now, at least
                 for place, (number, part) in enumerate(zip(numbers, parts, strict=True)):
-                    if part.turn.cancelled:
-                        self.cancel[place] = 1
+                    if part.turn.cancelled:  # perhaps before it could be told
+                        self._stop(run, place)
                     seen = part.seen
                     while (token := part.next_token(run)) is not None:
                         yield part.take(number, token, time.perf_counter() - began)
                     passes = max(passes, part.seen - seen)
+                if over:
+                    break
                 if passes:
                     pace.made(passes, max(part.turn.count - part.seen for part in parts))
-                if running and not passes:
-                    pace.wait(soon=ending)
+                elif any(part.open or not part.seen for part in parts):
+                    ending.wait(pace.next_look())
+                else:  # it is about to end
+                    ending.wait(SHORTEST)
         finally:
+            for part in parts:
+                part.turn.on_cancel = None
             self.cancel[: len(parts)] = 1
-            context.use()
-            context.driver.cuEventDestroy(marker)
+            self.runner.context.use()
             self.runner.finish()  # raises where the kernel gave up: then no position is in the cache for certain
             for part in parts:
                 part.settle(run)
+
+    def _stop(self, run: int, place: int) -> None:
+        """End a sequence of a launch with its present token; from any thread."""
+        if self.runner.params.run == run:
+            self.cancel[place] = 1
 
     def scores(self, index: int) -> Scores:
         """Log probabilities of token number `index` of the first turn of the latest launch."""

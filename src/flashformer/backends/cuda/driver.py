@@ -199,21 +199,13 @@ class Context:
             result = self.driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, where, 0)
         check(result, "launch a kernel")
 
-    def event(self, stream: Any = None) -> Any:
-        """An event recorded on a stream now."""
-        event = check(self.driver.cuEventCreate(0), "make an event")
+    def event(self, stream: Any = None, sleeping: bool = False) -> Any:
+        """An event recorded on a stream now. sleeping: who waits for it costs no processor time."""
+        flags = self.driver.CUevent_flags
+        flag = flags.CU_EVENT_BLOCKING_SYNC if sleeping else flags.CU_EVENT_DEFAULT
+        event = check(self.driver.cuEventCreate(flag), "make an event")
         check(self.driver.cuEventRecord(event, self.stream if stream is None else stream), "record an event")
         return event
-
-    def done(self, event: Any) -> bool:
-        """Whether the work before an event is finished."""
-        code = self.driver.cuEventQuery(event)[0]
-        if int(code) == 0:
-            return True
-        if code == self.driver.CUresult.CUDA_ERROR_NOT_READY:
-            return False
-        check((code,), "run the kernel")
-        return True
 
     def finish(self, event: Any) -> None:
         """Wait for the work before an event, and destroy the event."""

@@ -15,6 +15,7 @@ from .. import Turn
 from .codegen import ROUND_TAGS, Params, Source, threads
 from .compile import Kernel
 from .driver import Context, check
+from .ending import Endings
 from .pace import Pace
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Launcher:
     status: int  # address of what a stuck kernel reports
     exchange_bytes: int
     pace: Pace
+    endings: Endings
     many: Columns | None  # how a kernel of several columns is told what to do
 
     def ready(self, kernel: Kernel, plan: Plan) -> Any:
@@ -66,6 +68,7 @@ class Launcher:
     def claim_exchange(self) -> dict[str, int]:
         """Memory through which blocks exchange vectors, and where they report: parameters of the kernel."""
         self.pace = Pace()
+        self.endings = Endings(self.context)
         self.exchange_bytes = self.source.exchange_words * 8
         self.status = self.context.allocate(8, "status", fill=0)
         return {"exchange": self.context.allocate(self.exchange_bytes, "exchanges", fill=0), "status": self.status, "epoch": 1}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 
 SHORTEST = 40e-6  # seconds between two looks
-LONGEST = 10e-3  # for what else may have happened meanwhile: a cancellation
-SLACK = 2e-3  # that a token may be late
+LONGEST = 10e-3
 SOONER, LATER = 3e-6, 12e-6  # by which the first look for a token moves where the last one has found one, and where it has not
 MOST_EARLY = 100e-6  # before a token is expected: a sleep takes some 60 us longer than it is asked to
 SHARE = 8  # of how many tokens' time the mean is taken
@@ -15,7 +14,7 @@ GROWTH = 4  # but no more than this part of those that a launch has made: it may
 
 
 class Pace:
-    """Sleeps between looks until about when the next tokens come, so that one look finds them, soon after they have come.
+    """How long to sleep between looks: until about when the next tokens come, so that one look finds them, soon after they have come.
 
     Each look wakes the host, which is most of what a token costs it. How long before a token is expected the host must wake is learnt: a
     little more where the first look has found one, less where it has not. What is known of one launch serves the next.
@@ -46,19 +45,12 @@ class Pace:
         together = min(left, 1 + self._found // GROWTH, int(TOGETHER / self._interval)) if self._interval else 1
         self._expect(max(1, together))
 
-    @property
-    def overdue(self) -> bool:
-        """Whether it is time to ask if anything is still on its way, which costs more than a look."""
-        return time.perf_counter() > self._due + 0.5 * self._interval + SLACK
-
-    def wait(self, soon: bool = False) -> None:
-        """Before the next look. soon: it is not for a token."""
-        left = 0.0
-        if not soon:
-            left = self._due - self._early - time.perf_counter()
-            self._misses += left <= 0 and self._looks > 0
+    def next_look(self) -> float:
+        """Seconds until the next look, if the launch does not end before."""
+        left = self._due - self._early - time.perf_counter()
+        self._misses += left <= 0 and self._looks > 0
         self._looks += 1
-        time.sleep(min(max(left, SHORTEST), LONGEST))
+        return min(max(left, SHORTEST), LONGEST)
 
     def _expect(self, passes: int) -> None:
         """The next tokens after so many passes from now on."""

@@ -240,16 +240,17 @@ class CudaRunner(Launcher):
             return
         began = time.perf_counter()
         self.launch(tokens, start, count, stop, sampling)
-        marker = self.context.event()
+        ending = self.endings.next()
         run, made, first, last, pace = self.params.run, 0, began, began, self.pace
         pace.begin(len(tokens))
         try:
             while made < count:
+                over = ending.over  # NOTE: before the look, so that no token is missed
                 there = self._made(made, count, run)
                 if not there:
-                    if pace.overdue and self.context.done(marker) and not self._made(made, count, run):
+                    if over:
                         break
-                    pace.wait()
+                    ending.wait(pace.next_look())
                     continue
                 pace.made(len(there), count - made - len(there))
                 last = time.perf_counter()
@@ -263,13 +264,16 @@ class CudaRunner(Launcher):
             if made < count:
                 self.cancel[0] = 1
             self.context.use()
-            self.context.driver.cuEventDestroy(marker)
             self.finish()
             context = start + len(tokens)
             self.stats = RunStats(
                 len(tokens), start, first - began, made, last - first,
                 self.plan.bytes_of(context, max(made - 1, 0)),
             )  # fmt: skip
+
+    def interrupt(self) -> None:
+        """See `OneColumn.interrupt`."""
+        self.cancel[0] = 1
 
     def _made(self, first: int, count: int, run: int) -> list[int]:
         """Tokens of this run that are there, from number `first` on."""
@@ -422,6 +426,7 @@ class CudaRunner(Launcher):
 
     def close(self) -> None:
         """See `Runner.close`."""
+        self.endings.close()
         self.context.close()
 
 

@@ -32,6 +32,10 @@ class OneColumn(Runner, Protocol):
         """Compute what the KV cache of a slot holds of `tokens` at positions start..., of a prompt of so many tokens."""
         ...
 
+    def interrupt(self) -> None:
+        """End the present launch with its present token; from any thread."""
+        ...
+
     def in_slot(self, slot: int) -> AbstractContextManager[None]:
         """Launch in a slot other than 0 for a while."""
         ...
@@ -89,6 +93,7 @@ def _some(runner: OneColumn, one: _Sequence, began: float, most: int) -> Generat
         fed = turn.tokens[turn.fed :] if turn.fed < length else one.made[-1:]
         start, count = turn.start + turn.fed, min(most, turn.count - len(one.made))
         before = len(one.made)
+        turn.on_cancel = runner.interrupt
         try:
             with closing(runner.generate(fed, start, count, turn.stop, one.sampling)) as tokens:
                 for token in tokens:
@@ -102,6 +107,7 @@ def _some(runner: OneColumn, one: _Sequence, began: float, most: int) -> Generat
             yield Made(one.number, -1, time.perf_counter() - began, error=error)
             return False
         finally:
+            turn.on_cancel = None
             if len(one.made) > before:
                 turn.fed = length + len(one.made) - 1
     return len(one.made) < turn.count
