@@ -44,7 +44,7 @@ struct StackedPrefill {
   using Unit = PrefillUnit<M, S>;
   static constexpr u32 kSplits = S::kSplits;
   static_assert((!Unit::kGrouped && kSplits == 1) || kStacks == 1, "sums of groups, or splits, take as many registers as those of all columns");
-  static constexpr int kGroupTiles = 8 * kStacks, kTiles = P::kGroups * kGroupTiles;  // of a warpgroup, of a block
+  static constexpr int kGroupTiles = 8 * kStacks, kTiles = P::kLeastTiles * kStacks;  // of a warpgroup, of a block
   static constexpr int kBlocks = ceil_div((int)S::kTiles, kTiles);
   static constexpr int kOctets = S::kFragmentColumns / 8, kXBytes = kOctets * kHalfBytes;  // of x, a unit
   // A slot of the ring: x of a run of units, then the run of each tile, then its scales.

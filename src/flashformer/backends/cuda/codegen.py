@@ -510,7 +510,8 @@ def prefill_story(plan: Plan) -> list[str]:
             continue
         text.append(meet.format(name))
     kernel = 'extern "C" __global__ void __launch_bounds__(Prefill<Model>::kThreads, 1) flashformer_prefill'
-    agreed = f"static_assert(Prefill<Model>::kThreads == {PREFILL_THREADS} && Prefill<Model>::kTokens == {PREFILL_TOKENS});"
+    numbers = {"kThreads": PREFILL_THREADS, "kTokens": PREFILL_TOKENS, "kLeastTiles": PREFILL_TILES}
+    agreed = f"static_assert({' && '.join(f'Prefill<Model>::{name} == {value}' for name, value in numbers.items())});"
     return [*text, "    }\n  }\n};\n", agreed, f"{kernel}(const __grid_constant__ PrefillParams p) {{", "  prefill<Model, Story>(p);\n}"]
 
 
