@@ -38,6 +38,9 @@ class OneColumn:
         yield
         self.slot = 0
 
+    def interrupt(self) -> None:
+        pass  # who cancels here does so between tokens
+
     def generate(
         self, tokens: Sequence[int], start: int, count: int, stop: Collection[int], sampling: Sampling = GREEDY
     ) -> Generator[int, None, None]:
