@@ -68,7 +68,7 @@ struct AttentionPrefill {
   using P = Prefill<M>;
   static constexpr int kSteps = Piece::kSteps, kWarps = P::kWarps;
   static constexpr int kMost = M::kHeadPad <= 128 ? 4 : 2;  // tiles of queries of a warp: what its registers hold of the results
-  static constexpr int kHeads = M::kGroup < 3 ? (M::kGroup < kMost ? M::kGroup : kMost) : kMost, kSplits = ceil_div(M::kGroup, kHeads);
+  static constexpr int kHeads = M::kGroup < 3 ? M::kGroup : kMost, kSplits = ceil_div(M::kGroup, kHeads);  // NOTE: a divisor of kMost
   static constexpr int kTokenTiles = kMost / kHeads, kRows = kMost / 2;  // pairs of tiles are the 16 rows of A
   static constexpr int kWarpTokens = 8 * kTokenTiles, kTokens = kWarps * kWarpTokens;
   // Of the cache at a time; their tiles of eight positions. NOTE: with the scales of two, it would spill.
@@ -309,19 +309,6 @@ struct AttentionPrefill {
             state.sum[m][h] += Kv::kScaled ? exp2_approx(score - top) : weight;  // without the scales of the values
             score = weight;
           }
-  }
-  // Of positions 2 t and 2 t + 1 of each eight: what scores are multiplied by, or the logarithms of the scales of values.
-  template <bool kValues>
-  static FF_DEVICE void load_scales(float (&to)[kColumns][2], u32 at, u32 lane) {
-#pragma unroll
-    for (int i = 0; i < kBlocks; i++)
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const typename Kv::Reader block(at + i * M::kKvBlockBytes, lane);
-        const u32 row = 2 * (lane & 3) + k;
-        const float2 both = kValues ? block.value_scale(row) : block.score_scale(row);
-        to[2 * i][k] = both.x, to[2 * i + 1][k] = both.y;
-      }
   }
   // The logarithm of a weight. NOTE: of what is not seen scales may be no numbers.
   static FF_DEVICE float raised(float score, float raise) {

@@ -122,7 +122,7 @@ struct StackedPrefill {
 
   static FF_DEVICE u32 split_begin(u32 split) { return split * kUnits / kSplits; }  // in the order of the tape
 
-  // run(units, first, count) for each few units of a split that follow each other on the tape; begin(part, units, first) in front of those of a part.
+  // run(units, first, count) for each few units of a split that follow each other on the tape; begin(part, first) in front of those of a part.
   template <class Begin, class Run>
   static FF_DEVICE void each_run(u32 split, Begin begin, Run run) {
     const u32 from = split_begin(split), to = split_begin(split + 1);
@@ -140,6 +140,7 @@ struct StackedPrefill {
       before = behind;
     }
   }
+
   template <class B>
   static FF_DEVICE void advance(B& b, u32& slot) {
     b.phases ^= 1u << slot;

@@ -37,7 +37,7 @@ LIST_WORDS = 2 * MAX_LOGPROBS * MAX_LOGPROBS  # of the tokens that may be among 
 SHORTLIST = 128  # tokens that a block lists of a kind, at most: see shortlist.cuh
 SHORTLIST_WORDS = 2 * 4 * SHORTLIST  # of a block, both kinds
 PREFILL_THREADS, PREFILL_TOKENS = 384, 128  # of a block, and that it multiplies at a time: see prefill.cuh
-PREFILL_TILES = 16  # that a block has at least: see StackedPrefill
+PREFILL_TILES = 16  # that it has at least: kLeastTiles there
 OCTET = 8  # columns: see prefill.cuh
 MOST_SPLITS, LEAST_SPLIT = 8, 128  # of the columns of a stage; columns of a split
 CELL = 32  # values of all columns that are multiplied at a time: see panel.cuh
@@ -461,10 +461,10 @@ def most_shares(plan: Plan) -> int:
 
 def prefill_shares(plan: Plan) -> tuple[dict[str, int], int]:
     """Where what `PREFILL_PARAMETERS` calls shared has each linear stage of a layer, by name, and how many words a layer takes."""
-    found, total = {}, 0
+    found, total, most = {}, 0, most_shares(plan)
     for name, splits in prefill_splits(plan).items():
         found[name] = total
-        total += most_shares(plan) // splits if splits > 1 else 0
+        total += most // splits if splits > 1 else 0
     return found, total
 
 
@@ -597,10 +597,10 @@ def generate(plan: Plan, trace: bool = False, prefill: bool = False) -> Source:
         ("u32", "kTokenWhere", names.index("token")),
     ]
     tape_places, layer_places = prefill_places(plan)
-    splits, (shares, _) = prefill_splits(plan), prefill_shares(plan)
+    splits, (shares, layer_shares) = prefill_splits(plan), prefill_shares(plan)
     if prefill:
         model.append(("u32", "kLayerPlaces", layer_places))
-        model += [("u32", "kLayerShares", prefill_shares(plan)[1]), ("u32", "kMostShares", most_shares(plan))]
+        model += [("u32", "kLayerShares", layer_shares), ("u32", "kMostShares", most_shares(plan))]
         model += [("u32", f"k{camel(vector)}Octets", octets) for vector, octets in prefill_octets(plan).items()]
     value = "Float16" if c.dtype == "float16" else "Bfloat16"
     text = [f"// {c.architecture}: {c.num_layers} layers, {t.description}, {t.workers} blocks. Generated: the headers compute."]

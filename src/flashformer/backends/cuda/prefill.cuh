@@ -14,7 +14,7 @@ struct Prefill {
   static constexpr int kTokens = kWarpgroupColumns;  // that a block multiplies at a time
   static constexpr int kGroups = 2, kWarps = 4 * kGroups, kCopyWarps = 4;  // warpgroups, and one that copies for them
   static constexpr int kThreads = 32 * (kWarps + kCopyWarps);
-  static constexpr int kLeastTiles = 8 * kGroups;  // that a block multiplies at a time
+  static constexpr int kLeastTiles = 8 * kGroups;  // that a block multiplies at a time: one stack a warpgroup
   static constexpr int kLaunchRegisters = 168, kRegisters = 232, kCopyRegisters = 40;  // of a thread
   // NOTE: who asks for more than others have given back waits for ever.
   static_assert(32 * (kWarps * kRegisters + kCopyWarps * kCopyRegisters) <= kThreads * kLaunchRegisters);
