@@ -64,15 +64,6 @@ def contiguous(plan: Plan, tape: Tape) -> np.ndarray:
     return table
 
 
-def marked(plan: Plan, tape: Tape) -> np.ndarray:
-    """The first chunk of each stage is marked in the lowest bit of its bytes."""
-    table = chunk_table(plan, tape)
-    for first, end in zip(tape.starts, tape.starts[1:], strict=False):
-        own = np.flatnonzero(end > first)
-        table[own, first[own], 1] |= 1
-    return table
-
-
 def spread_evenly(plan: Plan) -> Plan:
     """Every stage's tiles over all blocks alike, whatever the others gave them."""
 
@@ -99,8 +90,7 @@ WAIT_ASKED = """FF_DEVICE bool wait_asked() {
   }
   FF_DEVICE void poll() {"""
 BEGIN = """if (!wait_room()) break;
-      if ((current.y & 1) && !wait_asked()) break;
-      current.y &= ~1u;"""
+      if ((current.y & M::kBegins) && !wait_asked()) break;"""
 ON_DEMAND = (
     ("roles.cuh", "static constexpr int kDone = ", ASKED),
     ("roles.cuh", "FF_DEVICE void acquire() const { barrier_wait(this->shared + L::kFull", ACQUIRE),
@@ -111,19 +101,20 @@ ON_DEMAND = (
 
 def in_flight(chunks: int) -> Callable[[Target], Mapping[str, Any]]:
     """So many bytes, whatever waits in the ring."""
-    return lambda target: {"window": ((99, chunks * SLOT),)}
+    return lambda target: {"window": ((99, chunks * SLOT),), "calm_window": 0}
 
 
 TECHNIQUES = (
     Technique(
         "the stream runs ahead of the stages", "weights and KV cache are fetched once a stage's input is there, prefetch off",
-        lambda t: {"prefetch_chunks": 0}, ON_DEMAND, table=marked,
+        lambda t: {"prefetch_chunks": 0}, ON_DEMAND,
     ),
     Technique("one launch for many tokens", "a launch for each token, which the host reads and passes on", launches=True),
     Technique("bulk copies", "cp.async, prefetch off", lambda t: {"bulk_copy": False, "prefetch_chunks": 0}),
     Technique("few bytes in flight, by what waits in the ring", "always 2 chunks", in_flight(2)),
     Technique("few bytes in flight, by what waits in the ring", "always 3 chunks", in_flight(3)),
     Technique("few bytes in flight, by what waits in the ring", "the whole ring", in_flight(99)),
+    Technique("more in flight where no exchange is near", "as few there", lambda t: {"calm_window": 0}),
     Technique("L2 prefetch behind a full ring", "none", lambda t: {"prefetch_chunks": 0}),
     Technique("depth of the ring", "6 slots fewer", lambda t: {"shared_bytes": t.shared_bytes - 6 * SLOT}),
     Technique("depth of the ring", "9 slots fewer", lambda t: {"shared_bytes": t.shared_bytes - 9 * SLOT}),

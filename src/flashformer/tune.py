@@ -48,6 +48,8 @@ def choices(target: Target) -> dict[str, tuple[Any, ...]]:
         "kv_min_blocks": (1, 2, 4, 8),
         "finisher_warps": (2, 3, 4),
     }
+    if target.calm_window:
+        found["calm_window"] = times(target.calm_window, 0, 0.75, 1, 1.25)
     if target.prefetch_chunks:
         found["prefetch_chunks"] = times(target.prefetch_chunks, 0, 0.5, 1, 2)
         found["prefetch_cycles"] = times(target.prefetch_cycles, 0.9, 1, 1.1, 1.25)

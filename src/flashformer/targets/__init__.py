@@ -46,6 +46,7 @@ class Target:
     bulk_copy: bool = False  # cp.async.bulk and mbarrier transactions (sm_90 on); else cp.async
     # Bytes in flight per SM by the landed chunks that wait: (fewer than this many, bytes), the last for any number.
     window: tuple[tuple[int, int], ...] = ()
+    calm_window: int = 0  # the same while no exchange is near, whatever waits; 0: `window` holds everywhere
     prefetch_chunks: int = 0  # how far L2 prefetches run ahead of a full ring
     prefetch_cycles: int = 0  # between two of them: an SM's fair share of the bandwidth
     first_look_cycles: int = 0  # before a vector is polled: an exchange takes no less

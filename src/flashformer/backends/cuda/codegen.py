@@ -48,11 +48,12 @@ PIECE_BLOCKS = 24  # of the KV cache that are one part of a head's at most, for 
 KV_PIECES = 32  # most parts of a head's cache whose results a column sums: see units.cuh
 EVEN = 0.9  # of the blocks at work while the last ones have a part of attention
 TILE_BITS = 12  # a tile range is packed as first << TILE_BITS | count
+BEGINS = 1  # in the bytes of a chunk's entry in the table: a stage begins with it
 
 # The kernel's parameters.
 PARAMETERS: tuple[Field, ...] = (
     ("tape", "const u8*", ctypes.c_uint64, "all blocks' weights"),
-    ("table", "const uint2*", ctypes.c_uint64, "[workers][table_stride] (offset in units, bytes); bytes 0: (layer, KV cache)"),
+    ("table", "const uint2*", ctypes.c_uint64, "[workers][table_stride] (offset in units, bytes | kBegins); bytes 0: (layer, KV cache)"),
     ("table_length", "const u32*", ctypes.c_uint64, "[workers]"),
     ("head_start", "const u32*", ctypes.c_uint64, "[workers] first entry of the head"),
     ("tiles", "const u32*", ctypes.c_uint64, "[tile words][workers] first << 12 | count"),
@@ -573,6 +574,8 @@ def generate(plan: Plan, trace: bool = False, prefill: bool = False) -> Source:
         ("u32", "kChunkUnit", t.chunk_unit),
         ("u32", "kSlotBytes", slot),
         ("int", "kMostSlots", MAX_SLOTS // 2 if slot == SLOT_BYTES else MAX_SLOTS),
+        ("u32", "kBegins", BEGINS),
+        ("u32", "kCalmWindow", t.calm_window),
         ("u32", "kPrefetchChunks", t.prefetch_chunks * SLOT_BYTES // slot),
         ("int", "kPrefetchCycles", t.prefetch_cycles),
         ("u32", "kFirstLook", t.first_look_cycles),

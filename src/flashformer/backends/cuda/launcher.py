@@ -12,7 +12,7 @@ from ...errors import DeviceError
 from ...plan import Plan
 from ...tape import Tape
 from .. import Turn
-from .codegen import ROUND_TAGS, Params, Source, threads
+from .codegen import BEGINS, ROUND_TAGS, Params, Source, threads
 from .compile import Kernel
 from .driver import Context, check
 from .ending import Endings
@@ -30,8 +30,10 @@ def chunk_table(plan: Plan, tape: Tape) -> np.ndarray:
     entries[:, :, 0] = tape.offset.T
     entries[:, :, 1] = tape.size.T
     for index, stage in enumerate(plan.stages):
+        workers = np.flatnonzero(tape.starts[index + 1] > tape.starts[index])
+        entries[workers, tape.first_chunk(index)[workers], 1] |= BEGINS
         if stage.kind == "attention":
-            entries[np.arange(plan.target.workers), tape.first_chunk(index), 0] = stage.layer
+            entries[workers, tape.first_chunk(index)[workers], 0] = stage.layer
     return entries
 
 

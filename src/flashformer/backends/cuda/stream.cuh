@@ -1,9 +1,10 @@
 // The producer: one warp that keeps the memory busy.
 //
 // It reads the block's table of chunks (one tape for the whole model) and copies chunk after chunk into the ring, through all
-// stages, layers and tokens. Two limits shape the stream: few bytes are in flight (enough to saturate the memory; more would
-// only lengthen its queue, in which the exchanges wait, too), and while the ring is full it goes on with paced L2 prefetches.
-// A table entry of zero bytes marks a layer's attention: there the block's share of the KV cache goes through the same ring.
+// stages, layers and tokens. Two limits shape the stream: where an exchange may be near few bytes are in flight (enough to saturate
+// the memory; more would only lengthen its queue, in which the exchanges wait, too), and while the ring is full it goes on with paced
+// L2 prefetches. A table entry of zero bytes marks a layer's attention: there the block's share of the KV cache goes through the same
+// ring. The entry with which a stage begins has kBegins in its bytes, too.
 #pragma once
 #include "roles.cuh"
 
@@ -60,6 +61,7 @@ struct Producer : Block<M> {
   uint2 current;                  // entry at the load cursor: (offset in units, bytes)
   uint2 window[2];                // 64 entries, one a lane in each half; the cursor is in the first, the second is loading
   u32 issued = 0, landed = 0, freed = 0;
+  u32 begins = 0;  // what was `issued` where the newest chunk's stage begins
   u32 issue_slot = 0, land_slot = 0, land_phase = 0, free_slot = 0, free_phase = 0;
   u32 slot_bytes = 0;  // lane s: bytes of the copy into slot s
   u32 in_flight = 0;
@@ -74,7 +76,8 @@ struct Producer : Block<M> {
     left = kMany ? head_start : entries(0);
     while (step < this->p.steps) {
       if (!wait_room()) break;
-      if (current.y != 0) copy(this->p.tape + (u64)current.x * M::kChunkUnit, current.y);
+      if (current.y & M::kBegins) begins = issued;
+      if (const u32 bytes = bytes_of(current)) copy(this->p.tape + (u64)current.x * M::kChunkUnit, bytes);
       else if (!stream_kv(current.x)) break;
       advance();
     }
@@ -92,6 +95,7 @@ struct Producer : Block<M> {
     while (s < this->p.steps && i >= entries(s)) i -= entries(s++);
     return s < this->p.steps ? __ldg(table + i) : make_uint2(0, kEnd);
   }
+  FF_DEVICE static u32 bytes_of(const uint2& entry) { return entry.y & ~M::kBegins; }
   FF_DEVICE static uint2 pick(const uint2& mine, u32 lane) {
     return make_uint2(__shfl_sync(kAllLanes, mine.x, lane & 31), __shfl_sync(kAllLanes, mine.y, lane & 31));
   }
@@ -158,8 +162,10 @@ struct Producer : Block<M> {
   }
   FF_DEVICE bool may_issue() const {
     if (issued - freed >= L::kSlots) return false;
-    return in_flight < M::window(landed - freed);
+    return in_flight < (calm() ? M::kCalmWindow : M::window(landed - freed));
   }
+  // No exchange is near: the consumers have begun with the newest chunk's stage, so they have what they waited for, and much of it is left.
+  FF_DEVICE bool calm() const { return M::kCalmWindow > 0 && (int)(freed - begins) > 0; }
   // Until another copy may be issued; false: the launch is over.
   FF_DEVICE bool wait_room() {
     u32 spins = 0;
@@ -186,10 +192,10 @@ struct Producer : Block<M> {
     if (offset + ahead < 32) e = pick(window[0], offset + ahead);
     else e = pick(window[1], offset + ahead);
     if (e.y == kEnd) return;
-    if (e.y) {
-      if (this->lane == 0) bulk_prefetch(this->p.tape + (u64)e.x * M::kChunkUnit, e.y);
+    if (const u32 bytes = bytes_of(e)) {
+      if (this->lane == 0) bulk_prefetch(this->p.tape + (u64)e.x * M::kChunkUnit, bytes);
       last_prefetch = now;
-      prefetch_pause = e.y / 128 * M::kPrefetchCycles / 128;  // of 16 KB
+      prefetch_pause = bytes / 128 * M::kPrefetchCycles / 128;  // of 16 KB
     }
     ahead++;
   }

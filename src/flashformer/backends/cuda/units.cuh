@@ -110,7 +110,6 @@ template <class M>
 struct UnitStream {
   // This block's units of a layer; there is room for the first copy, and the pass is laid. False: the launch is over.
   static FF_DEVICE bool run(Producer<M>& p, u32 step, u32 layer) {
-    const u32 stages_before = p.issued;
     const Units<M> units(p);
 #pragma unroll 1
     for (u32 number = units.next; number < units.behind; number++) {
@@ -125,7 +124,7 @@ struct UnitStream {
         u32 count = unit.end - block;
         if (count > M::kKvChunkBlocks) count = M::kKvChunkBlocks;
         if (!complete && block + count > in_pass) {
-          if (!await(p, kv_head, first, last, p.tag(step, layer), stages_before)) return false;
+          if (!await(p, kv_head, first, last, p.tag(step, layer))) return false;
           complete = true;
         }
         if (!p.wait_room()) return false;
@@ -138,13 +137,13 @@ struct UnitStream {
 
  private:
   // Keys and values of columns [first, end) for this kv head.
-  static FF_DEVICE bool await(Producer<M>& p, u32 kv_head, u32 first, u32 end, u32 tag, u32 stages_before) {
+  static FF_DEVICE bool await(Producer<M>& p, u32 kv_head, u32 first, u32 end, u32 tag) {
     const bool mine = p.lane < 2 * (end - first);
     const u64* word = Appended<M>::words(p, kv_head, first) + (mine ? p.lane : 0);
     for (u32 spins = 1;; spins++) {
       p.poll();
       // NOTE: nobody's are there much sooner than our own consumers are through with the stages before; polls would only slow them down.
-      if ((int)(p.freed - stages_before) >= 0 && __all_sync(kAllLanes, !mine || split(load_word(word)).tag == tag)) break;
+      if ((int)(p.freed - p.begins) >= 0 && __all_sync(kAllLanes, !mine || split(load_word(word)).tag == tag)) break;
       if constexpr (M::kPrefetchChunks > 0) p.prefetch();
       if (spins % Producer<M>::kGlanceSpins == 0 && p.over(spins)) return false;
     }
