@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import flashformer
 from flashformer.backends.cuda import load as load_runner
 from flashformer.backends.cuda import runner as runners
 from flashformer.backends.cuda.prefill import LEAST, Prefill, possible
-from flashformer.backends.cuda.runner import CudaRunner
+from flashformer.backends.cuda.runner import LOGIT_ROWS, CudaRunner
 from flashformer.check import compare, sample_tokens
 from flashformer.checkpoint import Checkpoint
 from flashformer.formats import choose
@@ -89,7 +89,7 @@ def cache_of(runner: CudaRunner, slot: int = 0) -> np.ndarray:
 
 
 def check_prefill(runner: CudaRunner, reference: Reference, length: int, limit: float) -> None:
-    """What it leaves in the cache is right, and has the same bits however it is cut."""
+    """What it leaves in the cache is right, and has the same bits however it is cut; and so are logits that go on from its last token."""
     assert runner.prefill is not None
     tokens = sample_tokens(runner.plan.config, length + 4, seed=1)
     runner.prefill.feed(tokens[:length], 0, 0)
@@ -97,7 +97,24 @@ def check_prefill(runner: CudaRunner, reference: Reference, length: int, limit: 
         runner.prefill.feed(tokens[first:end], first, 1)
     whole, pieces = cache_of(runner), cache_of(runner, 1)
     assert whole.any() and np.array_equal(whole, pieces)
-    assert_near(compare(runner.logits(tokens[length:], length), reference.logits(tokens, last=4)), limit)
+    wanted = reference.logits(tokens, last=5)
+    resumed = [resumed_logits(runner, tokens[length - 1 :], length - 1, slot) for slot in (0, 1)]
+    assert np.array_equal(*resumed)
+    assert_near(compare(resumed[0], wanted), limit)
+    runner.prefill.feed(tokens[:length], 0, 0)
+    assert_near(compare(runner.logits(tokens[length:], length), wanted[1:]), limit)
+
+
+def resumed_logits(runner: CudaRunner, tokens: Sequence[int], start: int, slot: int) -> np.ndarray:
+    """Logits of tokens of which the first is the one that the kernel for long prompts has fed last, in this slot."""
+    vocab = runner.plan.config.vocab_size
+    out = np.empty((len(tokens), vocab), np.float32)
+    runner.context.use()
+    runner.logit_address = runner.logit_address or runner.context.allocate(LOGIT_ROWS * vocab * 4, "logits")
+    with runner.in_slot(slot, resumes=True):
+        runner.launch(tokens, start, 1, logits=True)
+    runner.finish()
+    return runner.context.download(runner.logit_address, out, "logits")
 
 
 def check_engine(folder: Path, context: int) -> None:

@@ -24,7 +24,7 @@ class Played:
         assert SHORTEST * 0.99 <= seconds <= LONGEST * 1.01
         self.now = min(self.now + seconds, max(self.now, end)) + self.longer
 
-    def launch(self, comes: list[float], passes: int = 1) -> None:
+    def launch(self, comes: list[float], passes: float = 1) -> None:
         """Tokens that come so many seconds after the launch."""
         self.pace.begin(passes)
         began, made = self.now, 0
@@ -72,6 +72,17 @@ def test_a_prompt_is_waited_for_as_long_as_it_takes(monkeypatch: pytest.MonkeyPa
     played.looks, played.late = 0, []
     played.launch([4e-3 * 16], passes=16)
     assert played.looks <= 16 and played.late[0] < 200e-6
+
+
+def test_a_part_of_a_pass_is_waited_for_no_longer_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what follows is found where it was."""
+    played = Played(monkeypatch, 60e-6)
+    comes = [0.34e-3 + 3.4e-3 * i for i in range(40)]
+    played.launch(comes, passes=0.1)  # of which nothing was known
+    played.looks, played.late = 0, []
+    played.launch(comes, passes=0.1)
+    assert played.late[0] < 150e-6 and played.looks <= 20
+    assert all(late <= 150e-6 + 3.4e-3 * (1 + i // GROWTH) for i, late in enumerate(played.late))
 
 
 def test_who_takes_long_over_tokens_does_not_mistake_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:

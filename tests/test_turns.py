@@ -23,8 +23,9 @@ class OneColumn:
 
     piece = PIECE
 
-    def __init__(self, feeds_apart: bool = False) -> None:
-        self.feeds_apart = feeds_apart
+    def __init__(self, feeds_apart: bool = False, feeds_all: bool = False) -> None:
+        self.feeds_apart, self.feeds_all = feeds_apart, feeds_all
+        self.resuming = False
         self.texts: list[list[int]] = [[], [], []]
         self.slot = 0
         self.launches: list[tuple[int, int, int]] = []  # slot, tokens fed, tokens to make
@@ -33,10 +34,10 @@ class OneColumn:
         self.failure: DeviceError | None = None
 
     @contextmanager
-    def in_slot(self, slot: int) -> Iterator[None]:
-        self.slot = slot
+    def in_slot(self, slot: int, resumes: bool = False) -> Iterator[None]:
+        self.slot, self.resuming = slot, resumes
         yield
-        self.slot = 0
+        self.slot, self.resuming = 0, False
 
     def interrupt(self) -> None:
         pass  # who cancels here does so between tokens
@@ -46,8 +47,10 @@ class OneColumn:
     ) -> Generator[int, None, None]:
         text = self.texts[self.slot]
         assert len(text) >= start
+        if self.resuming:  # the token that was fed last, which is all that is known of it
+            assert [*text[start:]] == [*tokens] and len(tokens) == 1
         text[start:] = tokens
-        self.launches.append((self.slot, len(tokens), count))
+        self.launches.append((self.slot, 0 if self.resuming else len(tokens), count))
         self.seen.append(0 if sampling.seen is None else int(sampling.seen.sum()))
         made = 0
         try:
@@ -66,7 +69,10 @@ class OneColumn:
             self.cancelled += made < count
 
     def feeder(self, prompt: int) -> int:
-        return int(self.feeds_apart)
+        return int(self.feeds_apart or self.feeds_all)
+
+    def resumes(self, prompt: int) -> bool:
+        return self.feeds_all
 
     def feed(self, tokens: Sequence[int], start: int, slot: int, prompt: int) -> None:
         assert prompt >= start + len(tokens)
@@ -134,6 +140,21 @@ def test_a_kernel_for_prompts_feeds_all_but_the_last_token() -> None:
     assert [one.token for one in made if one.turn == 1] == answer([1, 2], 2)
     assert runner.launches == [(0, PIECE, 0), (1, 1, 0), (0, 4, 0), (1, 1, 2), (0, 1, QUANTUM + 3)]
     assert [turn.fed for turn in turns] == [PIECE + 5 + QUANTUM + 2, 3]
+
+
+def test_a_kernel_for_long_prompts_feeds_all_tokens() -> None:
+    """A launch goes on where it ends, whoever was fed in between; also where all tokens but one were known before."""
+    runner = OneColumn(feeds_all=True)
+    prompt = [100 + i % 50 for i in range(PIECE + 5)]
+    runner.texts[2] = [7, 8]
+    turns = [Turn(0, prompt, 0, QUANTUM + 3), Turn(1, [1, 2], 0, 2), Turn(2, [9], 2, 1)]
+    made = list(run_turns(runner, turns))
+    assert [one.token for one in made if one.turn == 0] == answer(prompt, QUANTUM + 3)
+    assert [one.token for one in made if one.turn == 1] == answer([1, 2], 2)
+    assert [one.token for one in made if one.turn == 2] == answer([7, 8, 9], 1)
+    fed = [(0, PIECE, 0), (1, 2, 0), (2, 1, 0), (0, 5, 0)]
+    assert runner.launches == [*fed, (1, 0, 2), (2, 0, 1), (0, 0, QUANTUM + 3)]
+    assert [turn.fed for turn in turns] == [PIECE + 5 + QUANTUM + 2, 3, 1]
 
 
 def test_ends() -> None:

@@ -135,7 +135,7 @@ class Runner(Protocol):
         ...
 
     def feeder(self, prompt: int) -> int:
-        """Which other kernel `run` leaves all of a prompt of so many tokens to but its last one; 0: none.
+        """Which other kernel `run` leaves a prompt of so many tokens to, but for its last one, or what is left of that; 0: none.
 
         Its bits are its own: one must not go on with what another has fed, or an answer would tell what was in the cache.
         """

@@ -56,6 +56,7 @@ PARAMETERS: tuple[Field, ...] = (
     ("table", "const uint2*", ctypes.c_uint64, "[workers][table_stride] (offset in units, bytes | kBegins); bytes 0: (layer, KV cache)"),
     ("table_length", "const u32*", ctypes.c_uint64, "[workers]"),
     ("head_start", "const u32*", ctypes.c_uint64, "[workers] first entry of the head"),
+    ("last_start", "const u32*", ctypes.c_uint64, "[workers] first entry of the last layer"),
     ("tiles", "const u32*", ctypes.c_uint64, "[tile words][workers] first << 12 | count"),
     ("vectors", "const float*", ctypes.c_uint64, "norm weights and biases"),
     ("embedding", "const u16*", ctypes.c_uint64, "[vocab][hidden]"),
@@ -68,6 +69,7 @@ PARAMETERS: tuple[Field, ...] = (
     ("tokens", "u64*", ctypes.c_uint64, "host: (token, run) as they are made"),
     ("cancel", "const u32*", ctypes.c_uint64, "host: nonzero ends the launch after the present token"),
     ("status", "u32*", ctypes.c_uint64, "[2] where a wait gave up, and its block"),
+    ("resumed", "const float*", ctypes.c_uint64, "[hidden] residual of the first token in front of the last layer, or null (roles.cuh)"),
     ("trace", "u64*", ctypes.c_uint64, "timestamps, or null"),
     ("sampling", "Sampling", SamplingStruct, "how tokens are chosen"),
     ("table_stride", "u32", ctypes.c_uint32, ""),
@@ -673,6 +675,8 @@ def generate(plan: Plan, trace: bool = False, prefill: bool = False) -> Source:
             text.append(f"  static constexpr Epilogue kEpilogue = Epilogue::k{stage.linear.epilogue.capitalize()};")
         if stage.kind == "embed":
             facts.append(("int", "kGamma", vectors.embed_gamma))
+            last = (c.num_layers - 2) * vectors.layer_size + vectors.gamma[residuals[-1]]  # what the layer before it multiplies by
+            facts.append(("int", "kLastGamma", last if c.num_layers > 1 else vectors.embed_gamma))
         if stage.publish_gamma:
             # The norm weights that the residual stage after this one will need, in their layer.
             following = residuals[(residuals.index(stage.name) + 1 if stage.name in residuals else 0) % len(residuals)]
@@ -738,7 +742,8 @@ def generate(plan: Plan, trace: bool = False, prefill: bool = False) -> Source:
     text.append("// One token, as every role walks it.\nstruct Story {")
     text.append("  template <class Role>\n  static FF_DEVICE void token(Role& role, u32 step) {")
     text.append(f"    Embed{kind}<Model, stage::Embed>::run(role, step);")
-    text.append("#pragma unroll 1\n    for (u32 layer = 0; layer < Model::kLayers; layer++) {")
+    first = "0" if several else "role.first_layer(step)"
+    text.append(f"#pragma unroll 1\n    for (u32 layer = {first}; layer < Model::kLayers; layer++) {{")
 
     def forget(following: Stage, stages: Sequence[Stage], layer: str) -> str:
         names = ", ".join(f"stage::{camel(s.name)}" for s in (following, *stages))

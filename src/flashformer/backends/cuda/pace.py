@@ -25,7 +25,7 @@ class Pace:
     def __init__(self) -> None:
         self._interval = 0.0  # from token to token; 0: not known
         self._since = self._due = 0.0  # the latest tokens, or the launch; when the next ones are expected
-        self._ahead = 0  # passes of the launch before that which makes its first token; 0: it has been found
+        self._ahead = 0.0  # passes before the one that makes the first token; 0: it has been found; less: a part of one makes it
         self._found = 0  # tokens of the launch, of each sequence
         self._expected = 1  # that are looked for
         self._known = 0.0, 0  # when about how many of them had come
@@ -34,8 +34,8 @@ class Pace:
         self._looks = 0  # since the latest tokens
         self._misses = 0  # of these, after they were expected
 
-    def begin(self, passes: int) -> None:
-        """A launch begins that makes its first token, or one for each of some sequences, in so many passes."""
+    def begin(self, passes: float) -> None:
+        """A launch begins that makes its first token, or one for each of some sequences, in so many passes, or a part of one."""
         self._ahead, self._found = passes - 1, 0
         self._expect(time.perf_counter(), passes)
 
@@ -47,8 +47,9 @@ class Pace:
             came = self._bound(now)
         else:
             if self._looks:
-                seconds = (now - self._since) / (self._ahead + count)
-                self._interval += (seconds - self._interval) / (SHARE if self._interval else 1)
+                if self._ahead >= 0:  # NOTE: a part of a pass tells little of a whole one
+                    seconds = (now - self._since) / (self._ahead + count)
+                    self._interval += (seconds - self._interval) / (SHARE if self._interval else 1)
                 self._early = max(self._early - LATER, -SHORTEST) if self._misses else min(self._early + SOONER, MOST_EARLY)
             came = now
             self._begin_bounds(came)
@@ -79,8 +80,8 @@ class Pace:
         self._interval = (self._least + self._most) / 2
         return min(since + count * self._interval, now)
 
-    def _expect(self, came: float, passes: int) -> None:
+    def _expect(self, came: float, passes: float) -> None:
         """The next tokens so many passes after the latest one came."""
-        self._since, self._expected = came, passes - self._ahead
+        self._since, self._expected = came, round(passes - self._ahead)
         self._due = came + passes * self._interval
         self._looks = self._misses = 0

@@ -23,6 +23,7 @@ from .codegen import (
     prefill_shares,
 )
 from .compile import Kernel
+from .driver import check
 from .launcher import gave_up
 
 if TYPE_CHECKING:
@@ -88,13 +89,15 @@ def memory(plan: Plan) -> int:
     if not possible(plan):
         return 0
     table = plan.config.num_layers * prefill_places(plan)[1] * 8
-    return room(plan) * sum(token_bytes(plan).values()) + table + counters_bytes(plan) + splits_bytes(plan)
+    tokens = room(plan) * sum(token_bytes(plan).values()) + plan.slots * token_bytes(plan)["residual"]
+    return tokens + table + counters_bytes(plan) + splits_bytes(plan)
 
 
 class Prefill:
     """Fills the KV cache of a runner for pieces of a prompt.
 
-    What it computes of a token depends on the tokens before it alone, and not on where a prompt is cut.
+    What it computes of a token depends on the tokens before it alone, and not on where a prompt is cut. Of the last layer it computes no
+    more than the cache holds: the usual kernel goes on from there with the last token.
     """
 
     def __init__(self, runner: CudaRunner, tape: Tape, source: Source, kernel: Kernel) -> None:
@@ -106,6 +109,8 @@ class Prefill:
         self.room = room(plan)
         self.status = context.allocate(8, "status", fill=0)
         self.counters, self.counters_bytes = context.allocate(counters_bytes(plan), "counters", fill=0), counters_bytes(plan)
+        self._residual_bytes = token_bytes(plan)["residual"]
+        self._last = context.allocate(plan.slots * self._residual_bytes, "a prompt's last vectors", fill=0)
         self.params = PrefillParams(
             places=context.upload(places(plan, tape), "places of weights"), arrived=self.counters, shared=self.counters + 8, room=self.room,
             splits=context.allocate(splits_bytes(plan), "sums of splits") if splits_bytes(plan) else 0,
@@ -121,11 +126,18 @@ class Prefill:
             piece = np.array(tokens[first : first + self.room], np.uint32)
             context.copy_async(runner.forced, piece.ctypes.data, piece.nbytes)
             self.launch(start + first, len(piece), slot)
+            last = self.params.residual + (len(piece) - 1) * self._residual_bytes
+            copied = context.driver.cuMemcpyDtoDAsync(self.last_residual(slot), last, self._residual_bytes, context.stream)
+            check(copied, "keep a prompt's last vector")
             context.wait()
             status = context.download(self.status, np.zeros(2, np.uint32), "status")
             if status[0]:
                 context.driver.cuMemsetD8(self.status, 0, 8)
                 raise gave_up(self.source, status)
+
+    def last_residual(self, slot: int) -> int:
+        """Where the residual is, float32 [hidden], of the token that a slot was fed last, in front of the last layer."""
+        return self._last + slot * self._residual_bytes
 
     def launch(self, start: int, count: int, slot: int = 0) -> None:
         """Start the kernel on so many tokens that are on the device."""

@@ -126,6 +126,8 @@ struct Block {
   // Of a vector that is written so often in a pass: the place that one version goes to. See vectors.cuh.
   static FF_DEVICE u32 version_of(u32 step, u32 number, u32 writes) { return (fresh(step) * writes + number) % M::kVersions; }
   FF_DEVICE u32 position(u32 step) const { return p.start + fresh(step); }
+  // The layer that a token begins with: the last token of a long prompt has been through all but the last one (prefill.cuh).
+  FF_DEVICE u32 first_layer(u32 step) const { return fresh(step) == 0 && p.resumed ? M::kLayers - 1 : 0; }
   // The prompt's tokens need no head unless their logits are wanted.
   FF_DEVICE bool wants_head(u32 step) const {
     // NOTE: of several columns the producer asks when the next pass may have been laid already.
@@ -270,6 +272,7 @@ struct Finisher : Block<M> {
   // Norm weights of the owned rows, a residual stage ahead: the weights that stream by evict them from every cache, and a trip to
   // memory would be waited for. Each finisher keeps a copy of its own.
   FF_DEVICE void fetch_gamma(const float* from, uint2 owned) const {
+#pragma unroll 1
     for (u32 i = this->lane; i < owned.y * 8; i += 32) async_copy4(gamma_place(i), from + owned.x * 8 + i);
   }
   FF_DEVICE void await_gamma() const {

@@ -53,6 +53,11 @@ def device_for(plan: Plan) -> DeviceInfo:
     return info
 
 
+def last_layer(plan: Plan) -> int:
+    """The stage with which it begins."""
+    return next(i for i, s in enumerate(plan.stages) if s.layer == plan.config.num_layers - 1)
+
+
 def owners(context: Context, plan: Plan, tape: Tape, entries: np.ndarray) -> dict[str, int]:
     """Upload what tells the blocks which tiles they own and where their chunks (`chunk_table`) are: parameters of the kernel."""
     head = next(i for i, s in enumerate(plan.stages) if s.name == "head")
@@ -61,6 +66,7 @@ def owners(context: Context, plan: Plan, tape: Tape, entries: np.ndarray) -> dic
         "table_stride": entries.shape[1],
         "table_length": context.upload(tape.length.astype(np.uint32), "chunk counts"),
         "head_start": context.upload(tape.first_chunk(head).astype(np.uint32), "chunk counts"),
+        "last_start": context.upload(tape.first_chunk(last_layer(plan)).astype(np.uint32), "chunk counts"),
         "tiles": context.upload(pack_words(plan.stages, plan, TILE_BITS), "tile ranges"),
     }
 
@@ -134,6 +140,7 @@ class CudaRunner(Launcher):
         self.tokens = tokens.view(np.uint64)
         cancel_address, cancel = context.allocate_pinned(64, "the cancel flag", fill=0)
         self.cancel = cancel.view(np.uint32)
+        self._resumed_pass = sum(s.weight_bytes for s in plan.stages[last_layer(plan) :]) / plan.tape_bytes()
         self.logit_address = 0
         self.forced = context.allocate(4 * plan.max_context, "prompt")
         self.stop = context.allocate(4 * MAX_STOP, "stop tokens")
@@ -242,7 +249,7 @@ class CudaRunner(Launcher):
         self.launch(tokens, start, count, stop, sampling)
         ending = self.endings.next()
         run, made, first, last, pace = self.params.run, 0, began, began, self.pace
-        pace.begin(len(tokens))
+        pace.begin(self._resumed_pass if self.params.resumed else len(tokens))
         try:
             while made < count:
                 over = ending.over  # NOTE: before the look, so that no token is missed
@@ -298,6 +305,10 @@ class CudaRunner(Launcher):
             return 2
         return 1 if self.prompts else 0
 
+    def resumes(self, prompt: int) -> bool:
+        """See `OneColumn.resumes`."""
+        return self.feeder(prompt) == 2
+
     def feed(self, tokens: Sequence[int], start: int, slot: int, prompt: int) -> None:
         """See `OneColumn.feed`."""
         feeder = self.feeder(prompt)
@@ -321,13 +332,15 @@ class CudaRunner(Launcher):
         context.wait()
 
     @contextmanager
-    def in_slot(self, slot: int) -> Iterator[None]:
-        """Launch on another slot's part of the KV cache for a while."""
+    def in_slot(self, slot: int, resumes: bool = False) -> Iterator[None]:
+        """See `OneColumn.in_slot`."""
         self.params.kv = self.kv + slot * (self.plan.kv_bytes() // self.slots)
+        if resumes and self.prefill:
+            self.params.resumed = self.prefill.last_residual(slot)
         try:
             yield
         finally:
-            self.params.kv = self.kv
+            self.params.kv, self.params.resumed = self.kv, 0
 
     def scores(self, index: int) -> Scores:
         """See `Runner.scores`. Raises DeviceError where they do not come, though the token did."""

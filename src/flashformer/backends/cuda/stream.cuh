@@ -69,11 +69,13 @@ struct Producer : Block<M> {
   u32 last_prefetch = 0, prefetch_pause = 0;  // clocks
   bool at_head = false;  // with several columns: where the cursor is
 
+  // Before `run`: the first token's table begins with another entry.
+  FF_DEVICE void begin_at(u32 entry) { window_index = entry; }
   FF_DEVICE void run() {
-    window[0] = fetch(0, this->lane);
-    window[1] = fetch(0, 32 + this->lane);
+    window[0] = fetch(0, window_index + this->lane);
+    window[1] = fetch(0, window_index + 32 + this->lane);
     current = pick(window[0], 0);
-    left = kMany ? head_start : entries(0);
+    left = (kMany ? head_start : entries(0)) - window_index;
     while (step < this->p.steps) {
       if (!wait_room()) break;
       if (current.y & M::kBegins) begins = issued;

@@ -32,12 +32,16 @@ class OneColumn(Runner, Protocol):
         """Compute what the KV cache of a slot holds of `tokens` at positions start..., of a prompt of so many tokens."""
         ...
 
+    def resumes(self, prompt: int) -> bool:
+        """Whether `feed` takes all of a prompt of so many tokens, and a launch goes on with its last token in the last layer."""
+        ...
+
     def interrupt(self) -> None:
         """End the present launch with its present token; from any thread."""
         ...
 
-    def in_slot(self, slot: int) -> AbstractContextManager[None]:
-        """Launch in a slot other than 0 for a while."""
+    def in_slot(self, slot: int, resumes: bool = False) -> AbstractContextManager[None]:
+        """Launch in a slot other than 0 for a while; whether the first token goes on where `feed` has left it, as the last one of its."""
         ...
 
 
@@ -83,20 +87,22 @@ def _own(sampling: Sampling) -> Sampling:
 def _some(runner: OneColumn, one: _Sequence, began: float, most: int) -> Generator[Made, None, bool]:
     """A launch of one turn; whether it goes on."""
     turn, length = one.turn, len(one.turn.tokens)
-    # NOTE: a kernel for prompts feeds all tokens but the last, however few they are, so that no bit depends on who else there is.
-    if length - turn.fed > (1 if runner.feeder(turn.start + length) else runner.piece):
-        piece = turn.tokens[turn.fed : min(turn.fed + runner.piece, length - 1)]
-        runner.feed(piece, turn.start + turn.fed, turn.slot, turn.start + length)
+    prompt = turn.start + length
+    # NOTE: a kernel for prompts feeds all tokens, or all but the last, however few they are, so that no bit depends on who else there is.
+    own = 0 if runner.resumes(prompt) else 1  # tokens that are left to the launch
+    if length - turn.fed > (own if runner.feeder(prompt) else runner.piece):
+        piece = turn.tokens[turn.fed : min(turn.fed + runner.piece, length - own)]
+        runner.feed(piece, turn.start + turn.fed, turn.slot, prompt)
         turn.fed += len(piece)
         return True
-    with runner.in_slot(turn.slot):
-        fed = turn.tokens[turn.fed :] if turn.fed < length else one.made[-1:]
-        start, count = turn.start + turn.fed, min(most, turn.count - len(one.made))
-        before = len(one.made)
+    before = len(one.made)
+    tokens = one.made[-1:] or turn.tokens[min(turn.fed, length - 1) :]
+    start, count = prompt + before - len(tokens), min(most, turn.count - before)
+    with runner.in_slot(turn.slot, resumes=before == 0 and turn.fed == length):
         turn.on_cancel = runner.interrupt
         try:
-            with closing(runner.generate(fed, start, count, turn.stop, one.sampling)) as tokens:
-                for token in tokens:
+            with closing(runner.generate(tokens, start, count, turn.stop, one.sampling)) as generated:
+                for token in generated:
                     index = len(one.made) - before
                     scores = runner.scores(index) if turn.sampling.logprobs is not None else None
                     one.take(token)
