@@ -15,6 +15,7 @@ from flashformer.backends.cuda import load as load_runner
 from flashformer.backends.cuda import runner as runners
 from flashformer.backends.cuda.prefill import LEAST, Prefill, possible
 from flashformer.backends.cuda.runner import LOGIT_ROWS, CudaRunner
+from flashformer.backends.cuda.turns import QUANTUM
 from flashformer.check import compare, sample_tokens
 from flashformer.checkpoint import Checkpoint
 from flashformer.formats import choose
@@ -121,7 +122,7 @@ def check_engine(folder: Path, context: int) -> None:
     """Long prompts go through it, alone or beside others. What is made does not tell which, or what was in the cache."""
     params = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=0)
 
-    def answers(engine: flashformer.Engine, ids: list[int]) -> list[tuple[int, float]]:
+    def answers(engine: flashformer.Engine, ids: list[int], params: SamplingParams = params) -> list[tuple[int, float]]:
         return [(r.token, r.logprob or 0.0) for r in engine.generate(ids, params)]
 
     with flashformer.load(folder, "cuda", context, prompt_columns=0) as engine:
@@ -144,5 +145,12 @@ def check_engine(folder: Path, context: int) -> None:
         for index, result in engine.generate([ids[:7], longer], [params] * 2):
             both[index].append((result.token, result.logprob or 0.0))
         assert both == [short, reused]
+        # More of them than slots, and more tokens than a launch makes while others wait: what goes on with an answer is no prompt.
+        prompts, many = [longer, ids[:7], ids, ids[:9]], replace(params, max_tokens=QUANTUM + 4)
+        alone = [answers(engine, prompt, many) for prompt in prompts]
+        together: list[list[tuple[int, float]]] = [[] for _ in prompts]
+        for index, result in engine.generate(prompts, [many] * len(prompts)):
+            together[index].append((result.token, result.logprob or 0.0))
+        assert together == alone
     with flashformer.load(folder, "cuda", context, prompt_columns=2) as engine:
         assert [answers(engine, prompt) for prompt in (longer, ids[:7], ids)] == [reused, short, first]

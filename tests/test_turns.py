@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
@@ -147,14 +147,29 @@ def test_a_kernel_for_long_prompts_feeds_all_tokens() -> None:
     runner = OneColumn(feeds_all=True)
     prompt = [100 + i % 50 for i in range(PIECE + 5)]
     runner.texts[2] = [7, 8]
-    turns = [Turn(0, prompt, 0, QUANTUM + 3), Turn(1, [1, 2], 0, 2), Turn(2, [9], 2, 1)]
+    turns = [Turn(0, prompt, 0, QUANTUM + 3), Turn(1, [1, 2], 0, 2), Turn(2, [9], 2, 2)]
     made = list(run_turns(runner, turns))
     assert [one.token for one in made if one.turn == 0] == answer(prompt, QUANTUM + 3)
     assert [one.token for one in made if one.turn == 1] == answer([1, 2], 2)
-    assert [one.token for one in made if one.turn == 2] == answer([7, 8, 9], 1)
+    answered = [one.token for one in made if one.turn == 2]
+    assert answered == answer([7, 8, 9], 2)
     fed = [(0, PIECE, 0), (1, 2, 0), (2, 1, 0), (0, 5, 0)]
-    assert runner.launches == [*fed, (1, 0, 2), (2, 0, 1), (0, 0, QUANTUM + 3)]
-    assert [turn.fed for turn in turns] == [PIECE + 5 + QUANTUM + 2, 3, 1]
+    assert runner.launches == [*fed, (1, 0, 2), (2, 0, 2), (0, 0, QUANTUM + 3)]
+    assert [turn.fed for turn in turns] == [PIECE + 5 + QUANTUM + 2, 3, 2]
+    runner.launches.clear()
+    further = Turn(2, answered[1:], 4, 1, again=True)  # which is no prompt
+    assert [one.token for one in run_turns(runner, [further])] == answer([7, 8, 9], 3)[2:]
+    assert runner.launches == [(2, 1, 1)]
+
+
+def test_a_prompt_that_was_fed_in_vain_has_its_last_token_fed_again() -> None:
+    runner = OneColumn(feeds_all=True)
+    cut = Turn(1, [1, 2, 3], 0, 5)
+    with closing(run_turns(runner, [Turn(0, [4], 0, 1), cut])) as made:
+        next(made)
+    assert runner.launches == [(0, 1, 0), (1, 3, 0), (0, 0, 1)] and cut.fed == 2
+    assert [one.token for one in run_turns(runner, [Turn(1, [3], 2, 5)])] == answer([1, 2, 3], 5)
+    assert runner.launches[3:] == [(1, 1, 0), (1, 0, 5)]
 
 
 def test_ends() -> None:

@@ -95,7 +95,7 @@ class Request:
         """Its part of the next launch: so many passes, None for as many as there are to do."""
         fed = [*self.tokens[self.position :], *drafts]
         count = self.left if passes is None else min(self.left, len(drafts) + passes)
-        return Turn(self.slot, fed, self.position, count, self.stop, self.sampling, len(drafts))
+        return Turn(self.slot, fed, self.position, count, self.stop, self.sampling, len(drafts), again=self._made > 0)
 
     def take(self, made: Made, drafted: bool, again: bool, nbytes: int) -> None:
         """A token that it has made becomes a result.

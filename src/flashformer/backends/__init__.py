@@ -58,6 +58,7 @@ class Turn:
     stop: Collection[int] = ()
     sampling: Sampling = GREEDY
     drafts: int = 0
+    again: bool = False  # whether its tokens follow some that the model has made: none of them is a prompt's
     fed: int = 0  # after the launch: how many positions from start on are in the KV cache for certain
     flag: np.ndarray = field(default_factory=lambda: np.zeros(1, np.uint32))  # the kernel of the CPU looks at it before each pass
     on_cancel: Callable[[], None] | None = None  # tells another kernel, while it runs

@@ -53,6 +53,7 @@ class _Sequence:
     turn: Turn
     made: list[int]
     sampling: Sampling
+    fed: int = 0  # tokens
 
     def take(self, token: int) -> None:
         """A token was made: penalties know it from now on."""
@@ -89,16 +90,17 @@ def _some(runner: OneColumn, one: _Sequence, began: float, most: int) -> Generat
     turn, length = one.turn, len(one.turn.tokens)
     prompt = turn.start + length
     # NOTE: a kernel for prompts feeds all tokens, or all but the last, however few they are, so that no bit depends on who else there is.
-    own = 0 if runner.resumes(prompt) else 1  # tokens that are left to the launch
-    if length - turn.fed > (own if runner.feeder(prompt) else runner.piece):
-        piece = turn.tokens[turn.fed : min(turn.fed + runner.piece, length - own)]
-        runner.feed(piece, turn.start + turn.fed, turn.slot, prompt)
-        turn.fed += len(piece)
+    own = 0 if runner.resumes(prompt) and not turn.again else 1  # tokens that are left to the launch
+    if length - one.fed > (own if runner.feeder(prompt) else runner.piece):
+        piece = turn.tokens[one.fed : min(one.fed + runner.piece, length - own)]
+        runner.feed(piece, turn.start + one.fed, turn.slot, prompt)
+        one.fed += len(piece)
+        turn.fed = min(one.fed, length - 1)  # the last token has the answer: without one it is still to be fed
         return True
     before = len(one.made)
-    tokens = one.made[-1:] or turn.tokens[min(turn.fed, length - 1) :]
+    tokens = one.made[-1:] or turn.tokens[min(one.fed, length - 1) :]
     start, count = prompt + before - len(tokens), min(most, turn.count - before)
-    with runner.in_slot(turn.slot, resumes=before == 0 and turn.fed == length):
+    with runner.in_slot(turn.slot, resumes=before == 0 and one.fed == length):
         turn.on_cancel = runner.interrupt
         try:
             with closing(runner.generate(tokens, start, count, turn.stop, one.sampling)) as generated:
@@ -115,5 +117,5 @@ def _some(runner: OneColumn, one: _Sequence, began: float, most: int) -> Generat
         finally:
             turn.on_cancel = None
             if len(one.made) > before:
-                turn.fed = length + len(one.made) - 1
+                turn.fed = one.fed = length + len(one.made) - 1
     return len(one.made) < turn.count
