@@ -22,12 +22,13 @@ class ExchangeModel:
     or without a part of the residual; the token's words have one copy.
 
     versions: places of vectors, which have no tags (vectors.cuh); 0: words have tags. `stale` lists looks that may find what a place held
-    before.
+    before. resumed: the first token begins with the last layer (`Block::first_layer`).
     """
 
     def __init__(
-        self, plan: Plan, blocks: int, tokens: int = 2, all_publish_moments: bool = False, token_copies: int = 2, versions: int = 0
-    ) -> None:
+        self, plan: Plan, blocks: int, tokens: int = 2, all_publish_moments: bool = False, token_copies: int = 2, versions: int = 0,
+        resumed: bool = False,
+    ) -> None:  # fmt: skip
         self.plan, self.blocks, self.all_publish_moments, self.versions = plan, blocks, all_publish_moments, versions
         self.plain = {b.name for b in plan.buffers if b.kind == "half"} if versions else set()
         self.cleared: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # (buffer, version): by whom, event
@@ -44,9 +45,10 @@ class ExchangeModel:
         for w in range(workers):
             first, end = w * total // workers, (w + 1) * total // workers
             self.heads.append(sorted({unit // blocks for unit in range(first, end)}))
-        for _ in range(tokens):
+        for token in range(tokens):
             for stage in plan.stages:
-                self.walk(stage)
+                if not (resumed and token == 0 and 0 <= stage.layer < plan.config.num_layers - 1):
+                    self.walk(stage)
         self.late = [
             f"{writer} overtakes {reader}"
             for name, versions in self.reads.items()

@@ -438,8 +438,9 @@ def test_nothing_accepted_overtakes_a_reader(config: ModelConfig, workers: int, 
     plan = planned(small, workers)
     validate(plan)
     assert ExchangeModel(plan, blocks).late == []
-    vectors = ExchangeModel(plan, blocks, tokens=3, versions=VERSIONS)
-    assert vectors.late == [] and vectors.stale == []
+    for resumed in (False, True):
+        vectors = ExchangeModel(plan, blocks, tokens=3, versions=VERSIONS, resumed=resumed)
+        assert vectors.late == [] and vectors.stale == []
 
 
 def test_the_events_show_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
