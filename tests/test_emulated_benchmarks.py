@@ -107,7 +107,7 @@ def test_ablation(called: Callable[..., None], tmp_path: Path, monkeypatch: pyte
         called(ablation.main, *f"--models x --context 8 --tokens 4 --repeats 1 --commit abc --results {tmp_path} --only".split(), only)
     (file,) = tmp_path.iterdir()
     found = load_records(file, ablation.Ablation)
-    assert placed == [["head_start", "table", "table_length", "table_stride", "tiles"], []]
+    assert placed == [["head_start", "last_start", "table", "table_length", "table_stride", "tiles"], []]
     assert sorted(r.technique for r in found) == ["copies of exchanged vectors", "tiles even out the bytes of a token"]
     assert {r.same_tokens for r in found} == {None, True}
 

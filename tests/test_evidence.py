@@ -107,7 +107,7 @@ class FakeRunner:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.now, self.launches = plan, 0.0, 0
         self.info = SimpleNamespace(name="NVIDIA Test")
-        self.params = SimpleNamespace(table=1, table_stride=2, table_length=3, head_start=4, tiles=5)
+        self.params = SimpleNamespace(table=1, table_stride=2, table_length=3, head_start=4, last_start=6, tiles=5)
         self.context = self
         self.tokens = np.zeros(16, np.uint64)
 
@@ -167,7 +167,8 @@ def test_a_variant_is_timed_beside_the_base(capsys: pytest.CaptureFixture[str]) 
     assert many.ratio == pytest.approx(1.02 / 1.002, rel=1e-3) and many.same_tokens is True
     assert found["L2 prefetch behind a full ring", "none"].same_tokens is False  # it makes others here
     assert next(r for r in found.values() if r.technique.startswith("chunks of all")).same_tokens is None
-    assert vars(runner.params) == {"table": 1, "table_stride": 2, "table_length": 3, "head_start": 4, "tiles": 5} and runner.plan is plan
+    assert vars(runner.params) == {"table": 1, "table_stride": 2, "table_length": 3, "head_start": 4, "last_start": 6, "tiles": 5}
+    assert runner.plan is plan
     assert all((r.commit, r.repeats, r.tokens_timed, r.gpu) == ("abc", 3, 10, "NVIDIA Test") for r in found.values())
 
 
