@@ -14,7 +14,7 @@ import flashformer
 from flashformer.backends.cuda import load as load_runner
 from flashformer.backends.cuda import runner as runners
 from flashformer.backends.cuda.prefill import LEAST, Prefill, possible
-from flashformer.backends.cuda.runner import LOGIT_ROWS, CudaRunner
+from flashformer.backends.cuda.runner import CudaRunner
 from flashformer.backends.cuda.turns import QUANTUM
 from flashformer.check import compare, sample_tokens
 from flashformer.checkpoint import Checkpoint
@@ -99,19 +99,19 @@ def check_prefill(runner: CudaRunner, reference: Reference, length: int, limit: 
     whole, pieces = cache_of(runner), cache_of(runner, 1)
     assert whole.any() and np.array_equal(whole, pieces)
     wanted = reference.logits(tokens, last=5)
+    assert_near(compare(runner.logits(tokens[length:], length), wanted[1:]), limit)
     resumed = [resumed_logits(runner, tokens[length - 1 :], length - 1, slot) for slot in (0, 1)]
     assert np.array_equal(*resumed)
     assert_near(compare(resumed[0], wanted), limit)
-    runner.prefill.feed(tokens[:length], 0, 0)
-    assert_near(compare(runner.logits(tokens[length:], length), wanted[1:]), limit)
 
 
 def resumed_logits(runner: CudaRunner, tokens: Sequence[int], start: int, slot: int) -> np.ndarray:
-    """Logits of tokens of which the first is the one that the kernel for long prompts has fed last, in this slot."""
-    vocab = runner.plan.config.vocab_size
-    out = np.empty((len(tokens), vocab), np.float32)
+    """Logits of tokens of which the first is the one that the kernel for long prompts has fed last, in this slot.
+
+    The runner must have given logits before, and so have room for them.
+    """
+    out = np.empty((len(tokens), runner.plan.config.vocab_size), np.float32)
     runner.context.use()
-    runner.logit_address = runner.logit_address or runner.context.allocate(LOGIT_ROWS * vocab * 4, "logits")
     with runner.in_slot(slot, resumes=True):
         runner.launch(tokens, start, 1, logits=True)
     runner.finish()
@@ -124,6 +124,12 @@ def check_engine(folder: Path, context: int) -> None:
 
     def answers(engine: flashformer.Engine, ids: list[int], params: SamplingParams = params) -> list[tuple[int, float]]:
         return [(r.token, r.logprob or 0.0) for r in engine.generate(ids, params)]
+
+    def together(engine: flashformer.Engine, prompts: list[list[int]], params: SamplingParams = params) -> list[list[tuple[int, float]]]:
+        made: list[list[tuple[int, float]]] = [[] for _ in prompts]
+        for index, r in engine.generate(prompts, [params] * len(prompts)):
+            made[index].append((r.token, r.logprob or 0.0))
+        return made
 
     with flashformer.load(folder, "cuda", context, prompt_columns=0) as engine:
         ids = sample_tokens(engine.config, LEAST + 9, seed=3)
@@ -141,16 +147,10 @@ def check_engine(folder: Path, context: int) -> None:
         assert engine.stats.reused_tokens == len(ids) - 1 and runner.prompts.params.epoch == before
         short = answers(engine, ids[:7])  # which the other kernel feeds, all of it: nothing may tell what was in the cache
         assert engine.stats.reused_tokens == 0 and runner.prompts.params.epoch > before
-        both: list[list[tuple[int, float]]] = [[], []]
-        for index, result in engine.generate([ids[:7], longer], [params] * 2):
-            both[index].append((result.token, result.logprob or 0.0))
-        assert both == [short, reused]
+        assert together(engine, [ids[:7], longer]) == [short, reused]
         # More of them than slots, and more tokens than a launch makes while others wait: what goes on with an answer is no prompt.
         prompts, many = [longer, ids[:7], ids, ids[:9]], replace(params, max_tokens=QUANTUM + 4)
         alone = [answers(engine, prompt, many) for prompt in prompts]
-        together: list[list[tuple[int, float]]] = [[] for _ in prompts]
-        for index, result in engine.generate(prompts, [many] * len(prompts)):
-            together[index].append((result.token, result.logprob or 0.0))
-        assert together == alone
+        assert together(engine, prompts, many) == alone
     with flashformer.load(folder, "cuda", context, prompt_columns=2) as engine:
         assert [answers(engine, prompt) for prompt in (longer, ids[:7], ids)] == [reused, short, first]

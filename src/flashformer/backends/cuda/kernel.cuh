@@ -65,7 +65,7 @@ FF_DEVICE void decode(const Params& p) {
     role.table = p.table + (u64)blockIdx.x * p.table_stride;
     role.length = p.table_length[blockIdx.x];
     role.head_start = p.head_start[blockIdx.x];
-    if (M::kColumns == 1 && p.resumed) role.begin_at(p.last_start[blockIdx.x]);
+    if (M::kColumns == 1 && p.resumed) role.window_index = p.last_start[blockIdx.x];
     role.watch.where = M::kStreamWhere << 16;
     role.run();
   }

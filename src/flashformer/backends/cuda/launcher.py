@@ -29,11 +29,11 @@ def chunk_table(plan: Plan, tape: Tape) -> np.ndarray:
     entries = np.zeros((plan.target.workers, tape.offset.shape[0], 2), np.uint32)
     entries[:, :, 0] = tape.offset.T
     entries[:, :, 1] = tape.size.T
+    stages, workers = np.nonzero(tape.starts[1:] > tape.starts[:-1])
+    entries[workers, tape.starts[stages, workers], 1] |= BEGINS
     for index, stage in enumerate(plan.stages):
-        workers = np.flatnonzero(tape.starts[index + 1] > tape.starts[index])
-        entries[workers, tape.first_chunk(index)[workers], 1] |= BEGINS
         if stage.kind == "attention":
-            entries[workers, tape.first_chunk(index)[workers], 0] = stage.layer
+            entries[np.arange(plan.target.workers), tape.first_chunk(index), 0] = stage.layer
     return entries
 
 

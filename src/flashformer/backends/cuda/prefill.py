@@ -88,9 +88,8 @@ def memory(plan: Plan) -> int:
     """Bytes of the GPU's memory that it takes beside the weights and the KV cache."""
     if not possible(plan):
         return 0
-    table = plan.config.num_layers * prefill_places(plan)[1] * 8
-    tokens = room(plan) * sum(token_bytes(plan).values()) + plan.slots * token_bytes(plan)["residual"]
-    return tokens + table + counters_bytes(plan) + splits_bytes(plan)
+    table, each = plan.config.num_layers * prefill_places(plan)[1] * 8, token_bytes(plan)
+    return room(plan) * sum(each.values()) + plan.slots * each["residual"] + table + counters_bytes(plan) + splits_bytes(plan)
 
 
 class Prefill:

@@ -56,7 +56,7 @@ struct Producer : Block<M> {
   const uint2* table;
   u32 length, head_start;         // table entries: of a token, and before the head's
   u32 step = 0, left = 0;         // load cursor: token of this launch, entries left of it (with several columns: of its layers, or its head)
-  u32 window_step = 0, window_index = 0;  // where `window` begins
+  u32 window_step = 0, window_index = 0;  // where `window` begins; before `run`: the first token
   u32 offset = 0;                 // of the load cursor in the window
   uint2 current;                  // entry at the load cursor: (offset in units, bytes)
   uint2 window[2];                // 64 entries, one a lane in each half; the cursor is in the first, the second is loading
@@ -69,8 +69,6 @@ struct Producer : Block<M> {
   u32 last_prefetch = 0, prefetch_pause = 0;  // clocks
   bool at_head = false;  // with several columns: where the cursor is
 
-  // Before `run`: the first token's table begins with another entry.
-  FF_DEVICE void begin_at(u32 entry) { window_index = entry; }
   FF_DEVICE void run() {
     window[0] = fetch(0, window_index + this->lane);
     window[1] = fetch(0, window_index + 32 + this->lane);
